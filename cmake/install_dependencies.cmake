@@ -1,0 +1,8 @@
+set(parts examples)
+if(NOT DEFINED FREE_TRANSFORMER_BUILD_TESTS OR FREE_TRANSFORMER_BUILD_TESTS)
+  list(APPEND parts tests)
+endif()
+if(FREE_TRANSFORMER_TORCH_WHEEL)
+  list(APPEND parts wheel ${FREE_TRANSFORMER_TORCH_WHEEL})
+endif()
+execute_process(COMMAND ${CMAKE_CURRENT_LIST_DIR}/install_dependencies.sh ${parts} COMMAND_ERROR_IS_FATAL ANY)

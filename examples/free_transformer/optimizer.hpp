@@ -1,0 +1,58 @@
+/// AdamW with the usual trimmings: decay on matrices alone, clipped gradients, warm-up and cosine.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cmath>
+#include <memory>
+#include <vector>
+
+namespace example {
+
+/// Rises linearly over the first twentieth of the training, then falls along a cosine to 0. progress is in [0, 1].
+inline double learning_rate_factor(double progress) {
+  constexpr double warm_up = 0.05;
+  constexpr double pi = 3.14159265358979323846;
+  if (progress < warm_up) {
+    return progress / warm_up;
+  }
+  return 0.5 * (1.0 + std::cos(pi * (progress - warm_up) / (1.0 - warm_up)));
+}
+
+class Optimizer {
+ public:
+  Optimizer(const torch::nn::Module& model, double learning_rate)
+      : parameters_(model.parameters()), learning_rate_(learning_rate), adam_(groups(parameters_, learning_rate)) {}
+
+  /// One step along the gradients, which are 0 afterwards.
+  void step(double progress) {
+    constexpr double largest_norm = 1.0;
+    torch::nn::utils::clip_grad_norm_(parameters_, largest_norm);
+    for (auto& group : adam_.param_groups()) {
+      group.options().set_lr(learning_rate_ * learning_rate_factor(progress));
+    }
+    adam_.step();
+    adam_.zero_grad();
+  }
+
+ private:
+  /// Gains and biases have no reason to be small: weight decay is for matrices.
+  static std::vector<torch::optim::OptimizerParamGroup> groups(const std::vector<torch::Tensor>& parameters,
+                                                               double learning_rate) {
+    std::vector<torch::Tensor> matrices, vectors;
+    for (const auto& parameter : parameters) {
+      (parameter.dim() > 1 ? matrices : vectors).push_back(parameter);
+    }
+    const auto options = [&](double weight_decay) {
+      return std::make_unique<torch::optim::AdamWOptions>(
+          torch::optim::AdamWOptions(learning_rate).betas({0.9, 0.99}).weight_decay(weight_decay));
+    };
+    return {{matrices, options(0.1)}, {vectors, options(0.0)}};
+  }
+
+  std::vector<torch::Tensor> parameters_;
+  double learning_rate_;
+  torch::optim::AdamW adam_;
+};
+
+}  // namespace example

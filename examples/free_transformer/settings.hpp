@@ -1,0 +1,76 @@
+/// What can be set on the command line.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "model.hpp"
+
+namespace example {
+
+struct Settings {
+  std::vector<std::filesystem::path> text;
+  std::filesystem::path output_folder = "free_transformer_output";
+  ModelOptions model;
+
+  double beta_kl = 1.0;
+  double free_bits = 0.25;
+
+  int64_t steps = 1200;
+  int64_t batch_size = 8;
+  double learning_rate = 3e-3;
+  double minutes = 0.0;
+  uint64_t seed = 1;
+  int threads = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+
+  int64_t evaluation_batches = 64;
+  std::string prompt = "#include <";
+  int64_t sample_bytes = 500;
+};
+
+inline std::string not_empty(const std::string& value) { return value.empty() ? "must not be empty" : ""; }
+
+inline void add_text_options(CLI::App& app, Settings& settings) {
+  auto* text =
+      app.add_option("text", settings.text, "Files and folders to learn from; a tenth of the files is held out");
+#ifdef FREE_TRANSFORMER_DEFAULT_TEXT_FOLDER
+  settings.text = {FREE_TRANSFORMER_DEFAULT_TEXT_FOLDER};
+#else
+  text->required();
+#endif
+  text->check(CLI::ExistingPath);
+  app.add_option("--output-folder", settings.output_folder, "Where the log and the picture go");
+  app.add_option("--prompt", settings.prompt, "Start of the sample, not empty")->check(not_empty);
+  app.add_option("--sample-bytes", settings.sample_bytes, "Length of the sample")->check(CLI::NonNegativeNumber);
+}
+
+inline void add_model_options(CLI::App& app, ModelOptions& model) {
+  app.add_option("--latent-dim", model.latent_dim, "Latent bits a token")->check(CLI::Range(1, 16));
+  app.add_option("--width", model.width, "Width of the residual stream")->check(CLI::PositiveNumber);
+  app.add_option("--blocks", model.blocks, "Blocks of the decoder")->check(CLI::Range(2, 1000));
+  app.add_option("--heads", model.heads, "Attention heads")->check(CLI::PositiveNumber);
+  app.add_option("--context", model.context, "Bytes that the model sees at once")->check(CLI::PositiveNumber);
+}
+
+inline void add_training_options(CLI::App& app, Settings& settings) {
+  app.add_option("--beta-kl", settings.beta_kl, "Weight of the latent KL")->check(CLI::NonNegativeNumber);
+  app.add_option("--free-bits", settings.free_bits, "Bits of KL a byte that cost nothing")
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--steps", settings.steps, "Steps of the optimizer")->check(CLI::PositiveNumber);
+  app.add_option("--batch-size", settings.batch_size, "Windows a step")->check(CLI::PositiveNumber);
+  app.add_option("--learning-rate", settings.learning_rate, "At its highest, after the warm-up")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--minutes", settings.minutes, "Train no longer than this; 0 sets no limit")
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--seed", settings.seed, "Same seed and threads, same numbers");
+  app.add_option("--threads", settings.threads, "Threads that compute")->check(CLI::PositiveNumber);
+  app.add_option("--evaluation-batches", settings.evaluation_batches, "Held-out batches")->check(CLI::PositiveNumber);
+}
+
+}  // namespace example

@@ -1,0 +1,77 @@
+/// The bytes of some files, cut into windows for the model.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace example {
+
+struct Batch {
+  torch::Tensor tokens;   // int64 [batch, positions]
+  torch::Tensor targets;  // int64 [batch, positions]: the byte after each token
+};
+
+/// Bytes as a tensor, uint8 [bytes].
+inline torch::Tensor to_tensor(const std::string& bytes) {
+  auto tensor = torch::empty(static_cast<int64_t>(bytes.size()), torch::kUInt8);
+  std::copy(bytes.begin(), bytes.end(), tensor.data_ptr<uint8_t>());
+  return tensor;
+}
+
+inline std::string read_files(const std::vector<std::filesystem::path>& files) {
+  std::string bytes;
+  for (const auto& file : files) {
+    std::ifstream stream(file, std::ios::binary);
+    if (!stream) {
+      throw std::runtime_error("cannot read " + file.string());
+    }
+    bytes.append(std::istreambuf_iterator<char>(stream), {});
+  }
+  return bytes;
+}
+
+class Text {
+ public:
+  /// The files one after the other, seen through windows of the model's context.
+  Text(const std::vector<std::filesystem::path>& files, int64_t context)
+      : bytes_(to_tensor(read_files(files))), window_(torch::arange(context + 1)) {
+    if (size() <= context) {
+      throw std::runtime_error("the text must be longer than the context of " + std::to_string(context) +
+                               " bytes, got " + std::to_string(size()) + " bytes in " + std::to_string(files.size()) +
+                               " files");
+    }
+  }
+
+  /// Windows that start anywhere.
+  Batch random_batch(int64_t batch_size) const {
+    return windows_at(torch::randint(last_start() + 1, {batch_size}, torch::kInt64));
+  }
+
+  /// Batch index of count, whose windows together lie evenly over the whole text.
+  Batch even_batch(int64_t batch_size, int64_t index, int64_t count) const {
+    const auto numbers = torch::arange(index * batch_size, (index + 1) * batch_size);
+    return windows_at(torch::div(numbers * last_start(), count * batch_size, "floor"));
+  }
+
+  int64_t size() const { return bytes_.size(0); }
+
+ private:
+  int64_t last_start() const { return size() - window_.size(0); }
+
+  Batch windows_at(const torch::Tensor& starts) const {
+    const auto windows = bytes_.index({starts.unsqueeze(1) + window_}).to(torch::kInt64);
+    return {windows.slice(1, 0, -1), windows.slice(1, 1)};
+  }
+
+  torch::Tensor bytes_, window_;
+};
+
+}  // namespace example

@@ -1,0 +1,142 @@
+/// What is refused, and in what words: "function: argument must ..., got ...". Everything is checked before the first write.
+/// Values are looked at on the CPU only: on any other device that would stall its stream.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <cstdint>
+
+namespace free_transformer::detail {
+
+inline void check_not_negative(const char* function, const char* argument, double value) {
+  TORCH_CHECK(std::isfinite(value) && value >= 0, function, ": ", argument, " must be finite and >= 0, got ", value);
+}
+
+inline void check_defined(const char* function, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.defined(), function, ": ", argument, " must be a defined tensor, got an undefined one");
+  TORCH_CHECK(tensor.layout() == at::kStrided, function, ": ", argument, " must be a dense (strided) tensor, got layout ",
+              tensor.layout());
+}
+
+inline void check_floating(const char* function, const char* argument, const at::Tensor& tensor) {
+  check_defined(function, argument, tensor);
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK(type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16, function, ": ",
+              argument, " must be of type float64, float32, float16 or bfloat16, got ", type);
+}
+
+inline void check_device(const char* function, const char* argument, const at::Tensor& tensor, const char* other_argument,
+                         const at::Device& device) {
+  TORCH_CHECK(tensor.device() == device, function, ": ", argument, " must be on the device of ", other_argument, ", ",
+              device, ", got ", tensor.device());
+}
+
+/// Weights, priors and class probabilities are constants here: a gradient that silently never came would be a wrong number.
+inline void check_constant(const char* function, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK(!tensor.requires_grad(), function, ": ", argument, " must not require grad (it gets none; detach it), got ",
+              "requires_grad = true");
+}
+
+/// Logits with the classes or the bits in the last dimension.
+inline void check_logits(const char* function, const char* argument, const at::Tensor& logits) {
+  check_floating(function, argument, logits);
+  TORCH_CHECK(logits.dim() >= 1 && logits.size(-1) >= 1, function, ": ", argument,
+              " must have at least one dimension, and a last one of at least 1, got shape ", logits.sizes());
+}
+
+inline void check_latent_logits(const char* function, const at::Tensor& z_logits, int64_t latent_dim) {
+  TORCH_CHECK(latent_dim >= 1, function, ": latent_dim must be >= 1, got ", latent_dim);
+  check_floating(function, "z_logits", z_logits);
+  TORCH_CHECK(z_logits.dim() >= 1 && z_logits.size(-1) == latent_dim, function,
+              ": z_logits must have latent_dim = ", latent_dim, " as its last size, got shape ", z_logits.sizes());
+}
+
+inline void check_prior_logits(const char* function, const at::Tensor& z_logits, const at::Tensor& prior_logits) {
+  if (!prior_logits.defined()) return;
+  check_floating(function, "prior_logits", prior_logits);
+  check_device(function, "prior_logits", prior_logits, "z_logits", z_logits.device());
+  const bool one_for_all = prior_logits.dim() == 1 && prior_logits.size(0) == z_logits.size(-1);
+  TORCH_CHECK(one_for_all || prior_logits.sizes() == z_logits.sizes(), function,
+              ": prior_logits must have the shape [latent_dim] or that of z_logits, ", z_logits.sizes(), ", got ",
+              prior_logits.sizes());
+}
+
+inline void check_weight_values(const char* function, const char* argument, const at::Tensor& weight) {
+  if (!weight.device().is_cpu()) return;
+  const at::Tensor values = weight.to(at::kDouble).contiguous();
+  const double* data = values.data_ptr<double>();
+  for (int64_t index = 0; index < values.numel(); ++index) {
+    TORCH_CHECK(std::isfinite(data[index]) && data[index] >= 0, function, ": ", argument,
+                " must be finite and >= 0, got ", data[index], " at index ", index);
+  }
+}
+
+/// The weight of each position as [N] of the given type; undefined if there is none. positions is the shape of the targets.
+inline at::Tensor checked_token_weight(const char* function, const at::Tensor& token_weight, at::IntArrayRef positions,
+                                       const at::Device& device, at::ScalarType type) {
+  if (!token_weight.defined()) return {};
+  check_defined(function, "token_weight", token_weight);
+  TORCH_CHECK(token_weight.is_floating_point() || token_weight.scalar_type() == at::kBool, function,
+              ": token_weight must be bool or floating, got ", token_weight.scalar_type());
+  TORCH_CHECK(token_weight.sizes() == positions, function,
+              ": token_weight must have one value for each position, shape ", positions, ", got ", token_weight.sizes());
+  check_device(function, "token_weight", token_weight, "the logits", device);
+  check_constant(function, "token_weight", token_weight);
+  check_weight_values(function, "token_weight", token_weight);
+  return token_weight.to(type).reshape({-1}).contiguous();
+}
+
+/// The weight of each class as [V] of the given type; undefined if there is none.
+inline at::Tensor checked_class_weight(const char* function, const at::Tensor& weight, int64_t classes,
+                                       const at::Device& device, at::ScalarType type) {
+  if (!weight.defined()) return {};
+  check_floating(function, "weight", weight);
+  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == classes, function, ": weight must have the shape [vocab_size] = [",
+              classes, "], got ", weight.sizes());
+  check_device(function, "weight", weight, "the logits", device);
+  check_constant(function, "weight", weight);
+  check_weight_values(function, "weight", weight);
+  return weight.to(type).contiguous();
+}
+
+inline void check_target_values(const char* function, const at::Tensor& targets, int64_t classes, int64_t ignore_index) {
+  if (!targets.device().is_cpu()) return;
+  const int64_t* data = targets.data_ptr<int64_t>();
+  for (int64_t position = 0; position < targets.numel(); ++position) {
+    const int64_t target = data[position];
+    TORCH_CHECK((target >= 0 && target < classes) || target == ignore_index, function, ": targets must lie in [0, ",
+                classes, ") or be ignore_index = ", ignore_index, ", got ", target, " at position ", position);
+  }
+}
+
+/// The targets as [N] int64, or [N, V] class probabilities. positions is the shape of the logits without the classes.
+inline at::Tensor checked_targets(const char* function, const at::Tensor& targets, at::IntArrayRef positions,
+                                  int64_t classes, const at::Device& device, int64_t ignore_index) {
+  check_defined(function, "targets", targets);
+  check_device(function, "targets", targets, "the logits", device);
+  if (targets.is_floating_point()) {
+    check_floating(function, "targets", targets);
+    auto shape = positions.vec();
+    shape.push_back(classes);
+    TORCH_CHECK(targets.sizes() == at::IntArrayRef(shape), function,
+                ": targets that are class probabilities must have the shape of the logits, ", at::IntArrayRef(shape),
+                ", got ", targets.sizes());
+    TORCH_CHECK(ignore_index == -100, function,
+                ": ignore_index must be left at its default with class probabilities, got ", ignore_index);
+    check_constant(function, "targets", targets);
+    return targets.reshape({-1, classes}).contiguous();
+  }
+  TORCH_CHECK(at::isIntegralType(targets.scalar_type(), /*includeBool=*/false), function,
+              ": targets must be class indices (an integer type) or class probabilities (floating), got ",
+              targets.scalar_type());
+  TORCH_CHECK(targets.sizes() == positions, function,
+              ": targets must have the shape of the logits without their last size, ", positions, ", got ",
+              targets.sizes());
+  const at::Tensor indices = targets.to(at::kLong).reshape({-1}).contiguous();
+  check_target_values(function, indices, classes, ignore_index);
+  return indices;
+}
+
+}  // namespace free_transformer::detail

@@ -1,0 +1,36 @@
+/// The cross entropy of one position in numbers and tensors: what it depends on beside the logits.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+
+namespace free_transformer::detail {
+
+/// With N positions and V classes, y the target, u, w, epsilon, z the settings, x the (capped) logits:
+///     loss = u [(1-epsilon) w_y nll + epsilon/V sum_c w_c (lse - x_c)] + u z lse^2,     nll = lse - x_y
+/// and for class probabilities q instead of y the bracket is sum_c w_c ((1-epsilon) q_c + epsilon/V) (lse - x_c).
+struct CrossEntropyTerms {
+  at::Tensor targets;        ///< [N] int64, or [N, V] class probabilities; every tensor here is contiguous
+  at::Tensor token_weight;   ///< [N] in the type of arithmetic, or undefined
+  at::Tensor class_weight;   ///< [V] in the type of arithmetic, or undefined
+  int64_t ignore_index = -100;
+  double label_smoothing = 0.0;
+  double z_loss = 0.0;
+  double softcap = 0.0;
+
+  bool has_probabilities() const { return targets.is_floating_point(); }
+};
+
+/// The sums over positions that the loss and `LossMetrics` are made of.
+enum ReconstructionSum : int64_t {
+  likelihood_loss_sum,    ///< sum of u [...]
+  likelihood_weight_sum,  ///< sum of u w_y, or of u for probabilities
+  z_loss_sum,             ///< sum of u z lse^2
+  token_weight_sum,       ///< sum of u
+  nll_sum,                ///< sum of u nll: without class weights, smoothing and z-loss
+  hit_sum,                ///< sum of u where the most likely class is the target
+  reconstruction_sum_count
+};
+
+}  // namespace free_transformer::detail

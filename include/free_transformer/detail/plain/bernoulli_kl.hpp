@@ -1,0 +1,92 @@
+/// KL of independent latent bits in LibTorch operations, computed in float64 and so exact to the last digit of float32.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cmath>
+#include <limits>
+
+#include "free_transformer/detail/plain/row_blocks.hpp"
+
+namespace free_transformer::detail::plain {
+
+/// 1/(1 + exp(-x)), by at::exp: at::sigmoid rounds elements at the end of a thread's share in another way.
+inline at::Tensor logistic(const at::Tensor& x) {
+  const at::Tensor s = (-x.abs()).exp();
+  return at::where(x < 0, s, at::ones_like(s)) / (1 + s);
+}
+
+/// KL(Bernoulli(sigmoid(l)) || Bernoulli(1/2)) of each element, in nats. With u = |l|/2 it is u tanh u - log cosh u, written
+/// for small u as u t + log1p(-t^2)/2, t = tanh u, and for large u as log 2 - 2u s/(1+s) - log1p(s), s = exp(-2u): each loses
+/// at most a factor of 3 to cancellation on its side of u = 1, and neither overflows.
+inline at::Tensor bernoulli_kl_uniform(const at::Tensor& logits) {
+  const at::Tensor u = logits.abs() / 2;
+  const at::Tensor t = u.tanh();
+  const at::Tensor near = u * t + (-t.square()).log1p() / 2;
+  const at::Tensor s = (-2 * u).exp();
+  const at::Tensor entropy = (2 * u * s / (1 + s)).masked_fill_(s == 0, 0) + s.log1p();
+  return at::where(u < 1, near, std::log(2.0) - entropy);
+}
+
+/// KL(Bernoulli(sigmoid(l)) || Bernoulli(sigmoid(r))) = p (l-r) + softplus(r) - softplus(l), p = sigmoid(l). Both signs are
+/// flipped where l > 0, which leaves the KL as it is and p <= 1/2. Close to each other the softplus terms would cancel:
+/// there softplus(r) - softplus(l) = log1p(p expm1(r-l)).
+inline at::Tensor bernoulli_kl_prior(const at::Tensor& logits, const at::Tensor& prior_logits) {
+  const at::Tensor flip = at::ones_like(logits).masked_fill_(logits > 0, -1);
+  const at::Tensor l = logits * flip, r = prior_logits * flip;
+  const at::Tensor p = logistic(l);
+  const at::Tensor difference = l - r;
+  const at::Tensor near = p * difference + (p * (-difference).expm1()).log1p();
+  const auto product = [](const at::Tensor& factor, const at::Tensor& value) {
+    return (factor * value).masked_fill_(factor == 0, 0);  // a sure bit does not see an infinite logit
+  };
+  const auto softplus = [](const at::Tensor& x) { return x.clamp_min(0) + (-x.abs()).exp().log1p(); };
+  const at::Tensor cross = at::where(r > 0, (1 - p) * r + (-r).exp().log1p(), softplus(r) - product(p, r));
+  const at::Tensor far = product(p, l) - softplus(l) + cross;
+  return at::where(difference.abs() < 1, near, far);
+}
+
+inline at::Tensor bernoulli_kl(const at::Tensor& logits, const at::Tensor& prior_logits) {
+  return prior_logits.defined() ? bernoulli_kl_prior(logits, prior_logits) : bernoulli_kl_uniform(logits);
+}
+
+/// d KL / d l = (l - r) sigmoid(l) sigmoid(-l), 0 at l = +-inf.
+inline at::Tensor bernoulli_kl_gradient(const at::Tensor& logits, const at::Tensor& prior_logits) {
+  const at::Tensor s = (-logits.abs()).exp();
+  const at::Tensor variance = s / (1 + s).square();
+  const at::Tensor difference = prior_logits.defined() ? logits - prior_logits : logits;
+  return (difference * variance).masked_fill(variance == 0, 0);
+}
+
+/// d KL / d r = sigmoid(r) - sigmoid(l).
+inline at::Tensor bernoulli_kl_prior_gradient(const at::Tensor& logits, const at::Tensor& prior_logits) {
+  return logistic(prior_logits) - logistic(logits);
+}
+
+/// The argument type of a tensor that may be missing: an undefined tensor cannot be an input of an autograd function.
+using OptionalTensor = torch::autograd::optional_variable_list::value_type;
+
+inline OptionalTensor optional_tensor(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
+}
+
+/// The KL of each bit for a graph of any order: its gradient is again made of differentiable operations, and smooth at 0.
+struct BernoulliKLFunction : torch::autograd::Function<BernoulliKLFunction> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& logits,
+                            const OptionalTensor& prior_logits) {
+    const at::Tensor prior = prior_logits.value_or(at::Tensor());
+    context->save_for_backward({logits, prior});
+    return bernoulli_kl(logits, prior);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& upstream) {
+    const auto saved = context->get_saved_variables();
+    at::Tensor prior_gradient;
+    if (saved[1].defined()) prior_gradient = upstream[0] * bernoulli_kl_prior_gradient(saved[0], saved[1]);
+    return {upstream[0] * bernoulli_kl_gradient(saved[0], saved[1]), prior_gradient};
+  }
+};
+
+}  // namespace free_transformer::detail::plain

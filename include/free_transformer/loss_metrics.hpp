@@ -1,0 +1,133 @@
+/// The figures that a training run logs, kept as sums on the device until somebody reads one.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "free_transformer/detail/cross_entropy_terms.hpp"
+#include "free_transformer/detail/latent_terms.hpp"
+#include "free_transformer/reduction.hpp"
+
+namespace free_transformer {
+
+/// Named figures of one or more calls of `compute_vae_loss`, each a mean over the positions that counted:
+///     loss/total = loss/reconstruction + loss/kl_weighted,   loss/kl_weighted = beta_kl loss/kl      nats
+///     metrics/perplexity   exp of the mean negative log-likelihood given Z: the posterior's, not a language model's
+///     latent/kl_bits       KL of a position before the hinge, in bits
+///     latent/active_fraction   share of the positions above their budget
+///     latent/active_bits   number of latent bits whose mean KL is above 0.01 nats
+///     bound/elbo, bound/elbo_bits   negative log-likelihood + KL before the hinge, a token: comparable with a language model
+/// They do not depend on `reduction` and `normalizer`: a += b gives what one call on both batches would have given.
+/// Nothing is copied to the host before the first read; then everything is, once. Reading throws c10::Error for an unknown
+/// name. Not safe to read from two threads at once.
+class LossMetrics {
+ public:
+  using value_type = std::pair<std::string, double>;
+  using const_iterator = std::vector<value_type>::const_iterator;
+
+  /// No positions yet: a start for +=.
+  LossMetrics() = default;
+
+  /// The sums of both terms as `reconstruct` and the latent term return them.
+  LossMetrics(const torch::Tensor& reconstruction_sums, const torch::Tensor& latent_sums, double beta_kl,
+              double free_bits, bool hinge_on_batch_mean)
+      : hinge_on_batch_mean_(hinge_on_batch_mean) {
+    const torch::Tensor weight = latent_sums[detail::latent_weight_sum];
+    const torch::Tensor settings = at::stack({latent_sums[detail::penalty_sum] * beta_kl, weight * beta_kl, weight * free_bits});
+    sums_ = at::cat({reconstruction_sums, settings, latent_sums});
+  }
+
+  LossMetrics& operator+=(const LossMetrics& other) {
+    if (!other.sums_.defined()) return *this;
+    if (!sums_.defined()) return *this = other;
+    TORCH_CHECK(sums_.sizes() == other.sums_.sizes() && hinge_on_batch_mean_ == other.hinge_on_batch_mean_,
+                "LossMetrics: += must join metrics of one latent_dim and free-bits policy, got sums of ", sums_.sizes(),
+                " and ", other.sums_.sizes(), ", hinge on the batch mean ", hinge_on_batch_mean_, " and ",
+                other.hinge_on_batch_mean_);
+    sums_ = sums_ + other.sums_.to(sums_.device());
+    values_.clear();
+    return *this;
+  }
+
+  friend LossMetrics operator+(LossMetrics left, const LossMetrics& right) { return left += right; }
+
+  double at(const std::string& name) const {
+    const auto found = std::find_if(begin(), end(), [&](const value_type& entry) { return entry.first == name; });
+    if (found != end()) return found->second;
+    std::string known;
+    for (const auto& entry : *this) known += " " + entry.first;
+    TORCH_CHECK(false, "LossMetrics::at: name must be one of", known, ", got ", name);
+  }
+
+  const_iterator begin() const { return values().begin(); }
+  const_iterator end() const { return values().end(); }
+  size_t size() const { return values().size(); }
+
+  operator std::map<std::string, double>() const { return {begin(), end()}; }
+
+ private:
+  /// Sums between those of the two terms: what beta_kl and free_bits were, weighted, as they may change between calls.
+  enum Setting : int64_t {
+    weighted_penalty_sum = detail::reconstruction_sum_count,
+    beta_kl_sum,
+    free_bits_sum,
+    latent_begin
+  };
+
+  const std::vector<value_type>& values() const {
+    if (values_.empty()) values_ = read();
+    return values_;
+  }
+
+  std::vector<value_type> read() const;
+
+  torch::Tensor sums_;
+  bool hinge_on_batch_mean_ = false;
+  mutable std::vector<value_type> values_;
+};
+
+inline std::vector<LossMetrics::value_type> LossMetrics::read() const {
+  constexpr int64_t bits_begin = int64_t{latent_begin} + int64_t{detail::latent_sum_count};
+  const torch::Tensor sums = sums_.defined() ? sums_.to(at::kCPU, at::kDouble) : at::zeros({bits_begin}, at::kDouble);
+  const double* data = sums.data_ptr<double>();
+  const auto latent = [&](int64_t sum) { return data[latent_begin + sum]; };
+  const auto ratio = [](double sum, double weight) { return weight == 0 ? 0.0 : sum / weight; };
+  const double positions = latent(detail::latent_weight_sum);
+
+  const double reconstruction = ratio(data[detail::likelihood_loss_sum], data[detail::likelihood_weight_sum]) +
+                                ratio(data[detail::z_loss_sum], data[detail::token_weight_sum]);
+  const double nll = ratio(data[detail::nll_sum], data[detail::token_weight_sum]);
+  double raw_kl = 0, active_bits = 0;
+  for (const double* bit = data + bits_begin; bit != data + sums.numel(); ++bit) {
+    raw_kl += ratio(*bit, positions);
+    active_bits += ratio(*bit, positions) > 0.01 ? 1 : 0;
+  }
+  double kl = ratio(latent(detail::penalty_sum), positions);
+  double kl_weighted = ratio(data[weighted_penalty_sum], positions);
+  if (hinge_on_batch_mean_) {  // not additive: the hinge belongs to the mean over all that was joined
+    const double above = raw_kl - ratio(data[free_bits_sum], positions);
+    kl = above <= 0 ? 0 : above;
+    kl_weighted = kl * ratio(data[beta_kl_sum], positions);
+  }
+  return {{"loss/total", reconstruction + kl_weighted},
+          {"loss/reconstruction", reconstruction},
+          {"loss/kl", kl},
+          {"loss/kl_weighted", kl_weighted},
+          {"metrics/perplexity", std::exp(nll)},
+          {"latent/kl_bits", raw_kl / std::log(2.0)},
+          {"latent/active_fraction", ratio(latent(detail::active_sum), positions)},
+          {"latent/active_bits", active_bits},
+          {"bound/elbo", nll + raw_kl},
+          {"bound/elbo_bits", (nll + raw_kl) / std::log(2.0)}};
+}
+
+}  // namespace free_transformer

@@ -1,0 +1,10 @@
+/// Everything that needs LibTorch alone.
+#pragma once
+
+#include "free_transformer/free_transformer_loss.hpp"
+#include "free_transformer/kl_divergence.hpp"
+#include "free_transformer/loss_metrics.hpp"
+#include "free_transformer/reconstruction_loss.hpp"
+#include "free_transformer/reduction.hpp"
+#include "free_transformer/vae_loss.hpp"
+#include "free_transformer/version.hpp"

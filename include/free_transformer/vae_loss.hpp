@@ -1,0 +1,70 @@
+/// The whole training loss of the Free Transformer, and the figures to log beside it.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/arg.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "free_transformer/detail/checks.hpp"
+#include "free_transformer/kl_divergence.hpp"
+#include "free_transformer/loss_metrics.hpp"
+#include "free_transformer/reconstruction_loss.hpp"
+
+namespace free_transformer {
+
+/// Options of `compute_vae_loss`: those of both terms, their balance, and shortcuts for the parameters of the short form.
+struct VAELossOptions {
+  VAELossOptions& latent_dim(int64_t value) { return kl_.latent_dim(value), *this; }
+  VAELossOptions& free_bits(double value) { return kl_.free_bits(value), *this; }
+  VAELossOptions& ignore_index(int64_t value) { return reconstruction_.ignore_index(value), *this; }
+  int64_t latent_dim() const { return kl_.latent_dim(); }
+  double free_bits() const { return kl_.free_bits(); }
+  int64_t ignore_index() const { return reconstruction_.ignore_index(); }
+
+  /// The options of the reconstruction term.
+  TORCH_ARG(ReconstructionLossOptions, reconstruction);
+
+  /// The options of the latent term.
+  TORCH_ARG(KLDivergenceOptions, kl);
+
+  /// beta >= 0, the weight of the latent term. Default: 1.
+  TORCH_ARG(double, beta_kl) = 1.0;
+};
+
+struct VAELossOutput {
+  torch::Tensor loss;
+  LossMetrics metrics;
+};
+
+/// The training loss, L = reconstruction + beta_kl latent, in nats. Fleuret 2025, Eq. 5.
+/// logits, targets  as in `compute_reconstruction_loss`
+/// z_logits         as in `compute_kl_divergence`: the encoder's logits of the latent bits, [..., latent_dim]
+/// Returns          {loss, metrics}: the loss with its graph, the metrics without one, both on the device
+/// Saved            what both terms save
+/// Throws           c10::Error as both terms do, if beta_kl is negative or not finite, or if the devices differ
+template <typename FreeBits = PerPosition, typename Logits>
+VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& targets, const torch::Tensor& z_logits,
+                               const VAELossOptions& options) {
+  constexpr const char* function = "compute_vae_loss";
+  detail::check_not_negative(function, "beta_kl", options.beta_kl());
+  const ReconstructionResult reconstruction = reconstruct(logits, targets, options.reconstruction());
+  detail::check_defined(function, "z_logits", z_logits);
+  detail::check_device(function, "z_logits", z_logits, "the logits", reconstruction.loss.device());
+  const auto latent = detail::latent_kl<FreeBits>(z_logits, options.kl());
+  return {reconstruction.loss + latent.loss * options.beta_kl(),
+          LossMetrics(reconstruction.sums, latent.sums, options.beta_kl(), options.free_bits(),
+                      std::is_same_v<FreeBits, BatchMean>)};
+}
+
+template <typename FreeBits = PerPosition, typename Logits>
+VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& targets, const torch::Tensor& z_logits,
+                               int64_t latent_dim = 16, double beta_kl = 1.0, double free_bits = 0.3466,
+                               int64_t ignore_index = -100) {
+  return compute_vae_loss<FreeBits>(
+      logits, targets, z_logits,
+      VAELossOptions().latent_dim(latent_dim).beta_kl(beta_kl).free_bits(free_bits).ignore_index(ignore_index));
+}
+
+}  // namespace free_transformer

@@ -1,0 +1,120 @@
+// What is refused, for all losses, and the whole text of each refusal.
+#include "free_transformer/losses.hpp"
+#include "numeric.hpp"
+
+namespace {
+
+using namespace free_transformer;
+using namespace numeric;
+
+Tensor indices(const std::vector<int64_t>& values) { return numeric::tensor(values, {static_cast<int64_t>(values.size())}); }
+
+const torch::TensorOptions meta = torch::TensorOptions().device(torch::kMeta);
+
+/// What the reconstruction loss says, without its name, both alone and as a part of the whole loss.
+std::string reconstruction_error(const Tensor& logits, const Tensor& targets, int64_t ignore_index = -100) {
+  const std::string alone = error_of([&] { compute_reconstruction_loss(logits, targets, ignore_index); });
+  CHECK(error_of([&] { compute_vae_loss(logits, targets, eighths({2, 16}), 16, 1.0, 0.5, ignore_index); }) == alone);
+  const std::string name = "compute_reconstruction_loss: ";
+  CHECK(alone.substr(0, name.size()) == name);
+  return alone.substr(std::min(alone.size(), name.size()));
+}
+
+std::string latent_error(const Tensor& z_logits, int64_t latent_dim = 3, double free_bits = 0.25) {
+  const std::string alone = error_of([&] { compute_kl_divergence(z_logits, latent_dim, free_bits); });
+  if (z_logits.defined() && z_logits.layout() == torch::kStrided) {  // else the whole loss refuses it before this term
+    CHECK(error_of([&] {
+            compute_vae_loss<PerBit>(eighths({2, 5}), indices({0, 1}), z_logits, latent_dim, 1.0, free_bits);
+          }) == alone);
+  }
+  const std::string name = "compute_kl_divergence: ";
+  CHECK(alone.substr(0, name.size()) == name);
+  return alone.substr(std::min(alone.size(), name.size()));
+}
+
+std::string vae_error(const Tensor& z_logits, double beta_kl) {
+  return error_of([&] { compute_vae_loss(eighths({2, 5}), indices({0, 1}), z_logits, 3, beta_kl); });
+}
+
+}  // namespace
+
+TEST_CASE("Logits must be dense, floating and have classes", "[errors][reconstruction]") {
+  const Tensor targets = indices({0, 1});
+  CHECK(reconstruction_error({}, targets) == "logits must be a defined tensor, got an undefined one");
+  CHECK(reconstruction_error(eighths({2, 5}).to_sparse(), targets) == "logits must be a dense (strided) tensor, got layout Sparse");
+  const std::string kind = "logits must be of type float64, float32, float16 or bfloat16, got ";
+  CHECK(reconstruction_error(torch::zeros({2, 5}, torch::kLong), targets) == kind + "Long");
+  CHECK(reconstruction_error(torch::zeros({2, 5}, torch::kBool), targets) == kind + "Bool");
+  CHECK(reconstruction_error(torch::zeros({2, 5}, torch::kComplexFloat), targets) == kind + "ComplexFloat");
+  const std::string shape = "logits must have at least one dimension, and a last one of at least 1, got shape ";
+  CHECK(reconstruction_error(torch::tensor(1.0), targets) == shape + "[]");
+  CHECK(reconstruction_error(torch::zeros({2, 0}), targets) == shape + "[2, 0]");
+}
+
+TEST_CASE("Targets must be dense indices, one for each position, on the device of the logits", "[errors][reconstruction]") {
+  const Tensor logits = eighths({2, 5});
+  CHECK(reconstruction_error(logits, {}) == "targets must be a defined tensor, got an undefined one");
+  CHECK(reconstruction_error(logits, indices({0, 1}).to_sparse()) == "targets must be a dense (strided) tensor, got layout Sparse");
+  const std::string kind = "targets must be class indices (an integer type) or class probabilities (floating), got ";
+  CHECK(reconstruction_error(logits, torch::zeros({2}, torch::kBool)) == kind + "Bool");
+  CHECK(reconstruction_error(logits, torch::zeros({2}, torch::kComplexDouble)) == kind + "ComplexDouble");
+  const std::string shape = "targets must have the shape of the logits without their last size, ";
+  CHECK(reconstruction_error(logits, indices({0, 1, 2})) == shape + "[2], got [3]");
+  CHECK(reconstruction_error(logits, torch::zeros({2, 1}, torch::kLong)) == shape + "[2], got [2, 1]");
+  CHECK(reconstruction_error(eighths({2, 3, 5}), torch::zeros({3, 2}, torch::kLong)) == shape + "[2, 3], got [3, 2]");
+  CHECK(reconstruction_error(eighths({5}), indices({0})) == shape + "[], got [1]");
+  CHECK(reconstruction_error(logits, torch::zeros({2}, meta.dtype(torch::kLong))) ==
+        "targets must be on the device of the logits, cpu, got meta");
+  CHECK(reconstruction_error(torch::zeros({2, 5}, meta), indices({0, 1})) ==
+        "targets must be on the device of the logits, meta, got cpu");
+}
+
+TEST_CASE("A target out of range is shown with its position", "[errors][reconstruction]") {
+  const Tensor logits = eighths({4, 5});
+  const std::string range = "targets must lie in [0, 5) or be ignore_index = ";
+  CHECK(reconstruction_error(logits, indices({0, 5, 1, -1})) == range + "-100, got 5 at position 1");
+  CHECK(reconstruction_error(logits, indices({0, 4, 1, -1})) == range + "-100, got -1 at position 3");
+  CHECK(reconstruction_error(logits, indices({0, -100, 1, 7}), /*ignore_index=*/7) == range + "7, got -100 at position 1");
+  CHECK(reconstruction_error(logits, torch::tensor({0, 1, 255, 2}, torch::kByte)) == range + "-100, got 255 at position 2");
+  CHECK(reconstruction_error(logits, indices({std::numeric_limits<int64_t>::min(), 0, 0, 0})) ==
+        range + "-100, got -9223372036854775808 at position 0");
+  CHECK(reconstruction_error(eighths({2, 2, 5}).transpose(0, 1), indices({0, 1, 9, 2}).reshape({2, 2}).t()) ==
+        range + "-100, got 9 at position 1");
+}
+
+TEST_CASE("Latent logits must be dense, floating and have latent_dim bits", "[errors][kl]") {
+  CHECK(latent_error({}) == "z_logits must be a defined tensor, got an undefined one");
+  CHECK(latent_error(eighths({2, 3}).to_sparse()) == "z_logits must be a dense (strided) tensor, got layout Sparse");
+  const std::string kind = "z_logits must be of type float64, float32, float16 or bfloat16, got ";
+  CHECK(latent_error(torch::zeros({2, 3}, torch::kInt)) == kind + "Int");
+  CHECK(latent_error(torch::zeros({2, 3}, torch::kBool)) == kind + "Bool");
+  CHECK(latent_error(torch::zeros({2, 3}, torch::kComplexDouble)) == kind + "ComplexDouble");
+  CHECK(latent_error(eighths({2, 4})) == "z_logits must have latent_dim = 3 as its last size, got shape [2, 4]");
+  CHECK(latent_error(eighths({3, 2})) == "z_logits must have latent_dim = 3 as its last size, got shape [3, 2]");
+  CHECK(latent_error(torch::tensor(1.0)) == "z_logits must have latent_dim = 3 as its last size, got shape []");
+}
+
+TEST_CASE("Settings that are negative, infinite or no number are refused", "[errors][kl][vae]") {
+  const Tensor z_logits = eighths({2, 3});
+  CHECK(latent_error(z_logits, 0) == "latent_dim must be >= 1, got 0");
+  CHECK(latent_error(torch::zeros({2, 0}), 0) == "latent_dim must be >= 1, got 0");
+  CHECK(latent_error(z_logits, -3) == "latent_dim must be >= 1, got -3");
+  CHECK(latent_error(z_logits, 3, -0.5) == "free_bits must be finite and >= 0, got -0.5");
+  CHECK(latent_error(z_logits, 3, not_a_number) == "free_bits must be finite and >= 0, got nan");
+  CHECK(latent_error(z_logits, 3, reference::inf) == "free_bits must be finite and >= 0, got inf");
+  CHECK(vae_error(z_logits, -1) == "compute_vae_loss: beta_kl must be finite and >= 0, got -1");
+  CHECK(vae_error(z_logits, not_a_number) == "compute_vae_loss: beta_kl must be finite and >= 0, got nan");
+  CHECK(vae_error(z_logits, -reference::inf) == "compute_vae_loss: beta_kl must be finite and >= 0, got -inf");
+}
+
+TEST_CASE("Both terms must be on one device", "[errors][vae]") {
+  CHECK(vae_error({}, 1.0) == "compute_vae_loss: z_logits must be a defined tensor, got an undefined one");
+  CHECK(vae_error(torch::zeros({2, 3}, meta), 1.0) ==
+        "compute_vae_loss: z_logits must be on the device of the logits, cpu, got meta");
+}
+
+TEST_CASE("The module refuses what the function refuses", "[errors][module]") {
+  FreeTransformerLoss criterion(3, -1.0);
+  CHECK(error_of([&] { criterion(eighths({2, 5}), indices({0, 1}), eighths({2, 3})); }) ==
+        "compute_vae_loss: beta_kl must be finite and >= 0, got -1");
+}

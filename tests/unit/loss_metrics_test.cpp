@@ -1,0 +1,165 @@
+#include "free_transformer/loss_metrics.hpp"
+
+#include "free_transformer/vae_loss.hpp"
+#include "numeric.hpp"
+
+namespace {
+
+using namespace free_transformer;
+using namespace numeric;
+
+const std::vector<std::string> names{"loss/total",     "loss/reconstruction",    "loss/kl",
+                                     "loss/kl_weighted", "metrics/perplexity",   "latent/kl_bits",
+                                     "latent/active_fraction", "latent/active_bits", "bound/elbo", "bound/elbo_bits"};
+
+struct Batch {
+  Tensor logits, targets, z_logits;
+
+  explicit Batch(int64_t positions, torch::ScalarType type = torch::kDouble)
+      : logits(eighths({positions, 11}, type, positions)),
+        targets((torch::arange(positions) * 5).remainder(11)),
+        z_logits(eighths({positions, 4}, type, positions + 1) / 4) {
+    targets.masked_fill_(targets == 3, -100);
+  }
+
+  Batch part(int64_t first, int64_t last) const {
+    Batch result = *this;
+    for (Tensor* all : {&result.logits, &result.targets, &result.z_logits}) *all = all->slice(0, first, last);
+    return result;
+  }
+
+  template <typename FreeBits>
+  LossMetrics metrics(double beta_kl = 0.5, double free_bits = 0.5) const {
+    return compute_vae_loss<FreeBits>(logits, targets, z_logits, 4, beta_kl, free_bits).metrics;
+  }
+};
+
+void check_same(const LossMetrics& left, const LossMetrics& right, double relative) {
+  for (const auto& name : names) {
+    INFO(name);
+    CHECK(std::abs(left.at(name) - right.at(name)) <= relative * std::abs(right.at(name)));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("The metrics have their names in order, by iteration, lookup and conversion", "[metrics]") {
+  const LossMetrics metrics = Batch(9).metrics<PerPosition>();
+  std::vector<std::string> found;
+  for (const auto& [name, value] : metrics) {
+    found.push_back(name);
+    CHECK(value == metrics.at(name));
+    CHECK(std::isfinite(value));
+  }
+  CHECK(found == names);
+  CHECK(metrics.size() == names.size());
+  const std::map<std::string, double> map = metrics;
+  CHECK(map.size() == names.size());
+  for (const auto& name : names) CHECK(map.at(name) == metrics.at(name));
+}
+
+TEST_CASE("The metrics keep to the relations between them", "[metrics]") {
+  const LossMetrics metrics = Batch(9).metrics<PerBit>(/*beta_kl=*/0.25);
+  const auto close = [](double left, double right) { return std::abs(left - right) <= 1e-14 * std::abs(right); };
+  CHECK(close(metrics.at("loss/kl_weighted"), 0.25 * metrics.at("loss/kl")));
+  CHECK(close(metrics.at("loss/total"), metrics.at("loss/reconstruction") + metrics.at("loss/kl_weighted")));
+  CHECK(close(metrics.at("metrics/perplexity"), std::exp(metrics.at("loss/reconstruction"))));
+  CHECK(close(metrics.at("bound/elbo"), metrics.at("loss/reconstruction") + bits(metrics.at("latent/kl_bits"))));
+  CHECK(close(bits(metrics.at("bound/elbo_bits")), metrics.at("bound/elbo")));
+}
+
+TEMPLATE_TEST_CASE("Micro-batches of any sizes join to the metrics of the whole batch", "[metrics]", PerPosition, PerBit,
+                   BatchMean) {
+  for (const auto type : {torch::kDouble, torch::kFloat}) {
+    // The promise is 1e-6; the sums are float64, so with float64 logits rounding alone is left.
+    const double relative = type == torch::kDouble ? 1e-13 : 1e-6;
+    const Batch whole(97, type);
+    for (const double free_bits : {0.0, 0.25, 0.5, 20.0}) {
+      INFO(type << ", free_bits " << free_bits);
+      const LossMetrics expected = whole.metrics<TestType>(0.5, free_bits);
+      for (const std::vector<int64_t>& cuts : {std::vector<int64_t>{0, 1, 97}, {0, 50, 97}, {0, 3, 3, 20, 96, 97}}) {
+        LossMetrics joined;
+        LossMetrics from_the_end;
+        for (size_t index = 1; index < cuts.size(); ++index) {
+          joined += whole.part(cuts[index - 1], cuts[index]).metrics<TestType>(0.5, free_bits);
+          from_the_end = whole.part(cuts[index - 1], cuts[index]).metrics<TestType>(0.5, free_bits) + from_the_end;
+        }
+        check_same(joined, expected, relative);
+        check_same(from_the_end, expected, relative);
+      }
+    }
+  }
+}
+
+TEST_CASE("Metrics that were read can be joined and read again", "[metrics]") {
+  const Batch whole(20);
+  LossMetrics joined = whole.part(0, 7).metrics<PerPosition>();
+  const LossMetrics first = joined;
+  const double before = first.at("loss/total");
+  CHECK(joined.at("loss/total") == before);
+  joined += whole.part(7, 20).metrics<PerPosition>();
+  check_same(joined, whole.metrics<PerPosition>(), 1e-13);
+  CHECK(first.at("loss/total") == before);
+}
+
+TEST_CASE("Joined calls may differ in beta_kl and in free_bits", "[metrics]") {
+  const Batch one(10), other(30);
+  const LossMetrics a = one.metrics<PerPosition>(0.0, 0.5), b = other.metrics<PerPosition>(1.0, 0.25);
+  const LossMetrics joined = a + b;
+  CHECK(std::abs(joined.at("loss/kl") - (a.at("loss/kl") + 3 * b.at("loss/kl")) / 4) < 1e-13);
+  CHECK(std::abs(joined.at("loss/kl_weighted") - 0.75 * b.at("loss/kl")) < 1e-13);
+}
+
+TEST_CASE("Metrics without positions are zero, and neutral when joined", "[metrics]") {
+  const LossMetrics none;
+  for (const auto& name : names) CHECK(none.at(name) == (name == "metrics/perplexity" ? 1 : 0));
+  const LossMetrics some = Batch(9).metrics<BatchMean>();
+  check_same(none + some, some, 0);
+  check_same(some + none, some, 0);
+  CHECK((none + none).size() == names.size());
+}
+
+TEST_CASE("Metrics carry no graph, and what happens to the inputs later does not change them", "[metrics]") {
+  Batch batch(9);
+  batch.logits.requires_grad_();
+  const double expected = batch.metrics<PerPosition>().at("loss/total");
+  const auto [loss, metrics] = compute_vae_loss(batch.logits, batch.targets, batch.z_logits, 4, 0.5, 0.5);
+  loss.backward();
+  const torch::NoGradGuard no_grad;
+  batch.logits.zero_();
+  batch.z_logits.zero_();
+  batch.targets.zero_();
+  CHECK(metrics.at("loss/total") == expected);
+}
+
+TEST_CASE("Reductions do not change the metrics", "[metrics]") {
+  const Batch batch(9);
+  const LossMetrics expected = batch.metrics<PerPosition>();
+  for (const Reduction& reduction : {Reduction(torch::kSum), Reduction(torch::kNone)}) {
+    const auto options = VAELossOptions().reconstruction(ReconstructionLossOptions().reduction(reduction))
+                             .kl(KLDivergenceOptions().latent_dim(4).free_bits(0.5).reduction(reduction)).beta_kl(0.5);
+    check_same(compute_vae_loss(batch.logits, batch.targets, batch.z_logits, options).metrics, expected, 0);
+  }
+}
+
+TEST_CASE("An active bit has a mean KL above 0.01 nats, an active position is above its budget", "[metrics]") {
+  // KL(l) is near l^2/8: 0.0078 for a quarter, 0.0308 for a half.
+  const Tensor z_logits = tensor(std::vector<double>{0.25, 0.5, 0, 0.25, 0.5, 3}, {2, 3});
+  const auto metrics = compute_vae_loss(eighths({2, 5}), torch::zeros({2}, torch::kLong), z_logits, 3, 1.0, 0.125).metrics;
+  CHECK(metrics.at("latent/active_bits") == 2);
+  CHECK(metrics.at("latent/active_fraction") == 0.5);
+}
+
+TEST_CASE("An unknown metric and metrics that cannot be joined are refused", "[metrics][errors]") {
+  CHECK(error_of([] { Batch(3).metrics<PerPosition>().at("loss/everything"); }) ==
+        "LossMetrics::at: name must be one of loss/total loss/reconstruction loss/kl loss/kl_weighted metrics/perplexity "
+        "latent/kl_bits latent/active_fraction latent/active_bits bound/elbo bound/elbo_bits, got loss/everything");
+  const Batch batch(3);
+  CHECK(error_of([&] { batch.metrics<PerPosition>() + batch.metrics<BatchMean>(); }) ==
+        "LossMetrics: += must join metrics of one latent_dim and free-bits policy, got sums of [16] and [16], "
+        "hinge on the batch mean 0 and 1");
+  const auto sixteen = compute_vae_loss(eighths({2, 5}), torch::zeros({2}, torch::kLong), eighths({2, 16})).metrics;
+  CHECK(error_of([&] { batch.metrics<PerPosition>() + sixteen; }) ==
+        "LossMetrics: += must join metrics of one latent_dim and free-bits policy, got sums of [16] and [28], "
+        "hinge on the batch mean 0 and 0");
+}

@@ -1,0 +1,384 @@
+#include "free_transformer/reconstruction_loss.hpp"
+
+#include "numeric.hpp"
+
+namespace {
+
+using namespace free_transformer;
+using namespace numeric;
+
+
+ReconstructionLossOptions with(Reduction reduction, int64_t ignore_index = -100) {
+  return ReconstructionLossOptions().reduction(reduction).ignore_index(ignore_index);
+}
+
+/// In units of the type of arithmetic. Of a position's loss (m - x_y) + log1p(sum exp(x_j - m)): the differences are exact for
+/// these inputs; 1 for exp, 4 for sums of at most 67 terms in 8 lanes (8 additions of a half each), 1 for log1p, a half for
+/// the addition; both parts are >= 0. The sum over positions is taken in float64, its rounding is `difference`'s half step.
+/// Of a gradient p_j / T: 1 for exp, 4 for the sum, a half each for 1 + sum, the quotient, 1/T and the product, two more
+/// halves at the target, where p - 1 is no smaller than p or is taken as a sum over the others.
+constexpr double steps = 8;
+
+}  // namespace
+
+namespace user {
+
+/// A source of logits of one's own, with a gradient to what it is made of.
+struct TemperedLogits {
+  torch::Tensor logits;
+  double temperature;
+};
+
+free_transformer::ReconstructionResult reconstruct(const TemperedLogits& source, const torch::Tensor& targets,
+                                                   const free_transformer::ReconstructionLossOptions& options) {
+  return free_transformer::reconstruct(source.logits / source.temperature, targets, options);
+}
+
+}  // namespace user
+
+TEST_CASE("Cross entropy has the value and the gradient of its equation", "[reconstruction][reference]") {
+  for (const auto& expected : reference::cross_entropy_cases) {
+    for (const auto type : all_types) {
+      if (!holds(type, expected.exact)) continue;
+      INFO(expected.name << ", " << type);
+      const auto rows = static_cast<int64_t>(expected.targets.size());
+      const Tensor logits = leaf(tensor(expected.logits, {rows, expected.classes}, type));
+      const Tensor targets = tensor(expected.targets, {rows});
+      const double relative = steps * epsilon(arithmetic(type));
+
+      const Tensor mean = compute_reconstruction_loss(logits, targets, expected.ignore_index);
+      const Tensor sum = compute_reconstruction_loss(logits, targets, with(torch::kSum, expected.ignore_index));
+      const Tensor losses = compute_reconstruction_loss(logits, targets, with(torch::kNone, expected.ignore_index));
+      CHECK(mean.scalar_type() == arithmetic(type));
+      CHECK(losses.scalar_type() == arithmetic(type));
+      CHECK(difference(mean, {expected.mean}, relative) == "");
+      CHECK(difference(sum, {expected.sum}, relative) == "");
+      CHECK(difference(losses, expected.losses, relative) == "");
+
+      const Tensor of_logits = gradient(mean, logits);
+      CHECK(of_logits.scalar_type() == type);
+      CHECK(difference(of_logits, expected.gradient, relative) == "");
+    }
+  }
+}
+
+TEST_CASE("A sum and unreduced losses have the gradient of the mean times the number of positions",
+          "[reconstruction][gradient]") {
+  const Tensor logits = leaf(eighths({4, 6}));
+  const Tensor targets = tensor(std::vector<int64_t>{5, -100, 0, 2}, {4});
+  const Tensor of_mean = gradient(compute_reconstruction_loss(logits, targets), logits);
+  const Tensor upstream = tensor(std::vector<double>{2, 3, -0.5, 0}, {4});
+
+  const Tensor of_sum = gradient(compute_reconstruction_loss(logits, targets, with(torch::kSum)), logits);
+  const Tensor of_each = gradient(compute_reconstruction_loss(logits, targets, with(torch::kNone)), logits, upstream);
+  CHECK(difference(of_sum, of_mean * 3, 1e-15) == "");
+  CHECK(difference(of_each, of_mean * 3 * upstream.unsqueeze(1), 1e-15) == "");
+}
+
+TEST_CASE("A scaled loss scales its gradient", "[reconstruction][gradient]") {
+  const Tensor logits = leaf(eighths({4, 6}));
+  const Tensor targets = tensor(std::vector<int64_t>{5, -100, 0, 2}, {4});
+  const Tensor loss = compute_reconstruction_loss(logits, targets);
+  CHECK(difference(gradient(loss * 3, logits), gradient(loss, logits) * 3, 1e-15) == "");
+}
+
+TEST_CASE("Cross entropy agrees with finite differences in both orders", "[reconstruction][gradient]") {
+  const Tensor targets = tensor(std::vector<int64_t>{3, -100, 0, 3}, {2, 2});
+  const Tensor weights = tensor(std::vector<double>{1, 5, -0.5, 2}, {2, 2});
+  const Tensor at = eighths({2, 2, 5}) / 2;
+  SECTION("of the mean") {
+    check_gradients([&](const Tensor& x) { return compute_reconstruction_loss(x, targets); }, at);
+  }
+  SECTION("of the square of the mean, whose upstream gradient depends on the logits") {
+    check_gradients([&](const Tensor& x) { return compute_reconstruction_loss(x, targets).square() / 4; }, at);
+  }
+  SECTION("of weighted losses") {
+    check_gradients([&](const Tensor& x) {
+      return (compute_reconstruction_loss(x, targets, with(torch::kNone)) * weights).sum();
+    }, at);
+  }
+  SECTION("of weighted squares of losses") {
+    check_gradients([&](const Tensor& x) {
+      return (compute_reconstruction_loss(x, targets, with(torch::kNone)).square() * weights).sum() / 16;
+    }, at);
+  }
+  SECTION("of the sum, through other operations on the same logits") {
+    check_gradients([&](const Tensor& x) {
+      return compute_reconstruction_loss(x.tanh() * 2, targets, with(torch::kSum)) + x.square().sum() / 8;
+    }, at);
+  }
+}
+
+TEST_CASE("The second derivative reaches an upstream gradient", "[reconstruction][gradient]") {
+  const Tensor logits = leaf(eighths({3, 4}));
+  const Tensor targets = tensor(std::vector<int64_t>{1, 0, 3}, {3});
+  const Tensor upstream = leaf(tensor(std::vector<double>{1, 2, -1}, {3}));
+  const Tensor losses = compute_reconstruction_loss(logits, targets, with(torch::kNone));
+  const Tensor first = gradient(losses, logits, upstream, /*create_graph=*/true);
+  const Tensor each = gradient(losses, logits, torch::ones({3}, torch::kDouble));
+  CHECK(difference(gradient(first.square().sum(), upstream), (2 * upstream * each.square().sum(1)), 1e-14) == "");
+}
+
+TEST_CASE("A masked vocabulary has second derivatives, too", "[reconstruction][gradient]") {
+  Tensor at = eighths({3, 6});
+  const Tensor masked = torch::zeros({3, 6}, torch::kBool);
+  masked.select(1, 2).fill_(true);
+  masked.select(1, 5).fill_(true);
+  const Tensor targets = tensor(std::vector<int64_t>{1, 0, 3}, {3});
+  const Tensor x = leaf(at);
+  const auto second = [&](const Tensor& logits, const Tensor& direction) {
+    const Tensor first = gradient(compute_reconstruction_loss(logits, targets), x, {}, /*create_graph=*/true);
+    return gradient((first * direction).sum(), x);
+  };
+  const Tensor direction = eighths({3, 6}, torch::kDouble, 2);
+  const Tensor kept = torch::tensor({0, 1, 3, 4});
+  const Tensor small = leaf(at.index_select(1, kept));
+  const Tensor small_targets = tensor(std::vector<int64_t>{1, 0, 2}, {3});
+  const Tensor small_first = gradient(compute_reconstruction_loss(small, small_targets), small, {}, /*create_graph=*/true);
+  const Tensor expected = gradient((small_first * direction.index_select(1, kept)).sum(), small);
+  const Tensor found = second(x.masked_fill(masked, -INFINITY), direction);
+  CHECK(difference(found.index_select(1, kept), expected, 1e-14) == "");
+  CHECK(difference(found.masked_select(masked), std::vector<double>(6, 0.0), 0) == "");
+}
+
+TEST_CASE("Every layout of the logits gives the numbers of contiguous ones", "[reconstruction][layout]") {
+  for (const auto type : all_types) {
+    INFO(type);
+    const Tensor base = eighths({3, 5, 7}, type);
+    const std::vector<std::pair<const char*, Tensor>> layouts{
+        {"shifted", base.slice(1, 0, 4)},
+        {"shifted the other way", base.slice(1, 1)},
+        {"every second class", base.slice(2, 0, 7, 2)},
+        {"permuted", base.permute({1, 0, 2})},
+        {"classes first", base.permute({2, 1, 0})},
+        {"classes in the middle", base.transpose(1, 2)},
+        {"expanded positions", base.select(1, 2).unsqueeze(1).expand({3, 4, 7})},
+        {"expanded classes", base.slice(2, 0, 1).expand({3, 5, 7})},
+        {"one position", base.slice(1, 0, 1)},
+        {"four dimensions, permuted", eighths({2, 3, 2, 5}, type).permute({2, 1, 0, 3})},
+        {"four dimensions, shifted", eighths({2, 3, 4, 5}, type).slice(2, 1)},
+        {"two dimensions, transposed", eighths({4, 6}, type).t()},
+        {"one dimension", eighths({9}, type)},
+        {"one dimension, strided", eighths({9}, type).slice(0, 0, 9, 2)},
+    };
+    for (const auto& [name, view] : layouts) {
+      INFO(name);
+      const Tensor targets = (torch::arange(view.numel() / view.size(-1)) * 5).remainder(view.size(-1))
+                                 .reshape(view.sizes().slice(0, static_cast<size_t>(view.dim() - 1)));
+      const Tensor strided = leaf(view), contiguous = leaf(view.contiguous());
+      for (const Reduction& reduction : {Reduction(torch::kMean), Reduction(torch::kSum), Reduction(torch::kNone)}) {
+        const Tensor loss = compute_reconstruction_loss(strided, targets, with(reduction));
+        const Tensor expected = compute_reconstruction_loss(contiguous, targets, with(reduction));
+        // The order of the sum over the classes follows their layout, so each side may be off by `steps`.
+        const double relative = 2 * steps * epsilon(arithmetic(type));
+        CHECK(difference(loss, expected, relative) == "");
+        const Tensor upstream = eighths(loss.sizes(), arithmetic(type));
+        const Tensor found = gradient(loss, strided, upstream);
+        CHECK(found.sizes() == view.sizes());
+        CHECK(difference(found, gradient(expected, contiguous, upstream), relative + epsilon(type) / 2) == "");
+      }
+    }
+  }
+}
+
+TEST_CASE("Unreduced losses have the shape of the targets", "[reconstruction][layout]") {
+  for (const std::vector<int64_t>& shape : {std::vector<int64_t>{7}, {3, 7}, {2, 3, 7}, {2, 3, 4, 7}, {0, 7}, {2, 0, 7}}) {
+    const Tensor logits = eighths(shape);
+    const std::vector<int64_t> positions(shape.begin(), shape.end() - 1);
+    const Tensor losses = compute_reconstruction_loss(logits, torch::zeros(positions, torch::kLong), with(torch::kNone));
+    CHECK(losses.sizes() == torch::IntArrayRef(positions));
+  }
+}
+
+TEST_CASE("The gradient of shifted logits is placed in what they were cut from", "[reconstruction][layout][gradient]") {
+  const Tensor logits = leaf(eighths({2, 5, 7}));
+  const Tensor tokens = torch::arange(10).remainder(7).reshape({2, 5});
+  const Tensor loss = compute_reconstruction_loss(logits.slice(1, 0, 4), tokens.slice(1, 1));
+  const Tensor alone = leaf(logits.slice(1, 0, 4).contiguous());
+  const Tensor expected = gradient(compute_reconstruction_loss(alone, tokens.slice(1, 1).contiguous()), alone);
+  const Tensor found = gradient(loss, logits);
+  CHECK(difference(found.slice(1, 0, 4), expected, 2 * steps * epsilon(torch::kDouble)) == "");
+  CHECK(found.select(1, 4).count_nonzero().item<int64_t>() == 0);
+}
+
+TEST_CASE("Targets of every integer type are accepted, in any layout", "[reconstruction][layout]") {
+  const Tensor logits = eighths({3, 4, 120});
+  const Tensor targets = (torch::arange(12) * 11).remainder(120).reshape({4, 3}).t();
+  const Tensor expected = compute_reconstruction_loss(logits, targets.contiguous());
+  std::vector<torch::ScalarType> types{torch::kByte, torch::kChar, torch::kShort, torch::kInt, torch::kLong};
+#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 3)
+  types.insert(types.end(), {torch::kUInt16, torch::kUInt32, torch::kUInt64});
+#endif
+  for (const auto type : types) {
+    INFO(type);
+    CHECK(same_bits(compute_reconstruction_loss(logits, targets.to(type)), expected));
+    CHECK(same_bits(compute_reconstruction_loss(logits, targets.to(type).contiguous(), /*ignore_index=*/255), expected));
+  }
+}
+
+TEST_CASE("An ignore_index of 255 fits targets of eight bits", "[reconstruction]") {
+  const Tensor logits = eighths({3, 5});
+  const Tensor bytes = torch::tensor({1, 255, 4}, torch::kByte);
+  const Tensor expected = compute_reconstruction_loss(logits, torch::tensor({1, -100, 4}, torch::kLong));
+  CHECK(same_bits(compute_reconstruction_loss(logits, bytes, /*ignore_index=*/255), expected));
+}
+
+TEST_CASE("Ignored positions have no loss and exactly no gradient, whatever their logits", "[reconstruction][gradient]") {
+  for (const auto type : all_types) {
+    for (const double garbage : {not_a_number, reference::inf, -reference::inf}) {
+      INFO(type << ", " << garbage);
+      Tensor dirty = eighths({4, 6}, type);
+      const Tensor clean = leaf(dirty.clone());
+      dirty.select(0, 1).fill_(garbage);
+      dirty.select(0, 3).select(0, 2).fill_(garbage);
+      dirty.requires_grad_();
+      const Tensor targets = tensor(std::vector<int64_t>{5, -100, 0, -100}, {4});
+      for (const Reduction& reduction : {Reduction(torch::kMean), Reduction(torch::kSum), Reduction(torch::kNone)}) {
+        const Tensor loss = compute_reconstruction_loss(dirty, targets, with(reduction));
+        const Tensor expected = compute_reconstruction_loss(clean, targets, with(reduction));
+        CHECK(same_bits(loss, expected));
+        const Tensor upstream = torch::ones_like(loss);
+        const Tensor found = gradient(loss, dirty, upstream);
+        CHECK(same_bits(found, gradient(expected, clean, upstream)));
+        CHECK(same_bits(found, gradient(loss, dirty, upstream, /*create_graph=*/true)));
+        CHECK(found.select(0, 1).count_nonzero().item<int64_t>() == 0);
+        CHECK(found.select(0, 3).count_nonzero().item<int64_t>() == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("Nothing that counts gives a loss of 0 with a graph, and no gradient", "[reconstruction][gradient]") {
+  for (const auto type : all_types) {
+    for (const Reduction& reduction : {Reduction(torch::kMean), Reduction(torch::kSum), Reduction(torch::kNone)}) {
+      for (const int64_t rows : {0, 3}) {
+        INFO(type << ", " << rows << " rows");
+        const Tensor logits = leaf(torch::full({rows, 6}, not_a_number, type));
+        const Tensor loss = compute_reconstruction_loss(logits, torch::full({rows}, -100, torch::kLong), with(reduction));
+        REQUIRE(loss.requires_grad());
+        CHECK(loss.count_nonzero().item<int64_t>() == 0);
+        loss.sum().backward();
+        CHECK(same_bits(logits.grad(), torch::zeros({rows, 6}, type)));
+      }
+    }
+  }
+}
+
+TEST_CASE("A NaN in a position that counts is not hidden", "[reconstruction]") {
+  for (const auto type : all_types) {
+    const Tensor logits = eighths({3, 6}, type);
+    logits.select(0, 1).select(0, 4).fill_(not_a_number);
+    const Tensor x = leaf(logits);
+    const Tensor targets = tensor(std::vector<int64_t>{5, 1, 0}, {3});
+    CHECK(std::isnan(compute_reconstruction_loss(x, targets).item<double>()));
+    const Tensor losses = compute_reconstruction_loss(x, targets, with(torch::kNone));
+    CHECK(values(losses.isnan()) == std::vector<double>{0, 1, 0});
+    CHECK(gradient(losses, x, torch::ones_like(losses)).select(0, 1).isnan().all().item<bool>());
+  }
+}
+
+TEST_CASE("A target that the mask forbids has an infinite loss", "[reconstruction]") {
+  const Tensor logits = leaf(tensor(std::vector<double>{1, -reference::inf, 0}, {1, 3}));
+  const Tensor loss = compute_reconstruction_loss(logits, torch::tensor({1}));
+  CHECK(loss.item<double>() == INFINITY);
+  const double p = 1 / (1 + std::exp(-1.0));
+  CHECK(difference(gradient(loss, logits), {p, -1.0, 1 - p}, 1e-15) == "");
+}
+
+TEST_CASE("A row in which every class is forbidden, or one is infinite, is NaN", "[reconstruction]") {
+  const Tensor logits = tensor(std::vector<double>{-reference::inf, -reference::inf, reference::inf, 0}, {2, 2});
+  const Tensor losses = compute_reconstruction_loss(logits, torch::tensor({0, 0}), with(torch::kNone));
+  CHECK(losses.isnan().all().item<bool>());
+}
+
+TEST_CASE("Adding a number to all logits of a row changes nothing", "[reconstruction]") {
+  const Tensor logits = leaf(eighths({4, 9}, torch::kFloat));
+  const Tensor targets = tensor(std::vector<int64_t>{8, 0, 3, 3}, {4});
+  const Tensor shifted = leaf(logits + tensor(std::vector<double>{16384, -16384, 1024, 0.125}, {4, 1}, torch::kFloat));
+  const Tensor loss = compute_reconstruction_loss(logits, targets), other = compute_reconstruction_loss(shifted, targets);
+  CHECK(same_bits(loss, other));
+  CHECK(same_bits(gradient(loss, logits), gradient(other, shifted)));
+}
+
+TEST_CASE("Even the least likely of many equal classes keeps its relative accuracy", "[reconstruction][gradient]") {
+  constexpr int64_t classes = 300001;  // 1 - p would round p to a multiple of 6e-8, a fiftieth of it
+  const Tensor logits = leaf(torch::zeros({1, classes}, torch::kFloat));
+  const Tensor loss = compute_reconstruction_loss(logits, torch::tensor({5}));
+  CHECK(difference(loss, {std::log(static_cast<double>(classes))}, 4 * epsilon(torch::kFloat)) == "");
+  std::vector<double> expected(classes, 1.0 / classes);
+  expected[5] -= 1;
+  CHECK(difference(gradient(loss, logits), expected, steps * epsilon(torch::kFloat)) == "");
+}
+
+TEST_CASE("Without gradients the loss has the same bits and no graph", "[reconstruction]") {
+  for (const auto type : all_types) {
+    const Tensor logits = leaf(eighths({4, 6}, type));
+    const Tensor targets = tensor(std::vector<int64_t>{5, -100, 0, 2}, {4});
+    const Tensor expected = compute_reconstruction_loss(logits, targets);
+    CHECK(expected.requires_grad());
+    {
+      const torch::NoGradGuard no_grad;
+      const Tensor loss = compute_reconstruction_loss(logits, targets);
+      CHECK(same_bits(loss, expected));
+      CHECK_FALSE(loss.requires_grad());
+    }
+    {
+      const c10::InferenceMode inference;
+      const Tensor copy = logits.clone();
+      CHECK(same_bits(compute_reconstruction_loss(logits, targets), expected));
+      CHECK(same_bits(compute_reconstruction_loss(copy, targets), expected));
+    }
+    CHECK_FALSE(compute_reconstruction_loss(logits.detach(), targets).requires_grad());
+  }
+}
+
+TEST_CASE("A kept graph can be walked again, one that was not kept cannot", "[reconstruction][graph]") {
+  const Tensor logits = leaf(eighths({4, 6}));
+  const Tensor loss = compute_reconstruction_loss(logits, tensor(std::vector<int64_t>{5, -100, 0, 2}, {4}));
+  loss.backward({}, /*retain_graph=*/true);
+  const Tensor first = logits.grad().clone();
+  loss.backward();
+  CHECK(same_bits(logits.grad(), first * 2));
+  CHECK_THAT(error_of([&] { loss.backward(); }), Catch::Matchers::StartsWith("Trying to backward through the graph a second time"));
+}
+
+TEST_CASE("Logits that were changed after the loss make backward an error", "[reconstruction][graph]") {
+  const Tensor logits = leaf(eighths({4, 6})) * 1;
+  const Tensor loss = compute_reconstruction_loss(logits, tensor(std::vector<int64_t>{5, -100, 0, 2}, {4}));
+  logits.add_(1);
+  CHECK_THAT(error_of([&] { loss.backward(); }),
+             Catch::Matchers::StartsWith("one of the variables needed for gradient computation has been modified"));
+}
+
+TEST_CASE("Targets that are changed after the loss do not change its gradient", "[reconstruction][graph]") {
+  const Tensor logits = leaf(eighths({4, 6}));
+  const Tensor targets = tensor(std::vector<int64_t>{5, -100, 0, 2}, {4});
+  const Tensor loss = compute_reconstruction_loss(logits, targets);
+  const Tensor before = gradient(loss, logits), second_before = gradient(loss, logits, {}, /*create_graph=*/true);
+  targets.fill_(1);
+  CHECK(same_bits(gradient(loss, logits), before));
+  CHECK(same_bits(gradient(loss, logits, {}, /*create_graph=*/true), second_before));
+}
+
+TEST_CASE("A source of logits of one's own is found in its namespace, and gets its gradient", "[reconstruction]") {
+  const Tensor logits = leaf(eighths({4, 6}));
+  const Tensor targets = tensor(std::vector<int64_t>{5, -100, 0, 2}, {4});
+  const Tensor loss = compute_reconstruction_loss(user::TemperedLogits{logits, 2.0}, targets);
+  const Tensor expected = compute_reconstruction_loss(logits / 2.0, targets);
+  CHECK(same_bits(loss, expected));
+  CHECK(same_bits(gradient(loss, logits), gradient(expected, logits)));
+}
+
+TEST_CASE("On a device whose values are not read, a target out of range makes the loss NaN", "[reconstruction]") {
+  const Tensor logits = leaf(eighths({3, 6}));
+  for (const int64_t wrong : {6, -1, -100}) {
+    free_transformer::detail::CrossEntropyTerms terms;
+    terms.targets = tensor(std::vector<int64_t>{5, wrong, 0}, {3});
+    terms.ignore_index = 2;
+    const auto result = free_transformer::detail::cross_entropy(logits, terms, {}, /*count_hits=*/false);
+    CHECK(std::isnan(result.loss.item<double>()));
+    CHECK(gradient(result.loss, logits).isnan().all().item<bool>());
+    const auto each = free_transformer::detail::cross_entropy(logits, terms, {free_transformer::detail::ReductionKind::none, {}, {}}, /*count_hits=*/false);
+    CHECK(values(each.loss.isnan()) == std::vector<double>{0, 1, 0});
+  }
+}

@@ -1,0 +1,216 @@
+// What a call may use, for all losses: threads without a trace in the result, one gradient of memory, no look at the device.
+#include <ATen/ExpandUtils.h>
+#include <ATen/record_function.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
+#include <torch/library.h>
+
+#include "free_transformer/losses.hpp"
+#include "numeric.hpp"
+
+namespace {
+
+using namespace free_transformer;
+using namespace numeric;
+
+constexpr torch::ScalarType types[] = {torch::kFloat, torch::kDouble, torch::kBFloat16};
+
+/// Counts what LibTorch's own CPU allocator hands out in this thread.
+class Memory : public c10::MemoryReportingInfoBase {
+ public:
+  // One of the two overrides: the types of the totals, which are not used, changed between LibTorch 1.13 and 2.
+  void reportMemoryUsage(void*, int64_t size, int64_t, int64_t, c10::Device) { count(size); }
+  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) { count(size); }
+  bool memoryProfilingEnabled() const override { return true; }
+  int64_t peak() const { return peak_; }
+
+ private:
+  void count(int64_t size) { peak_ = std::max(peak_, now_ += size); }
+  int64_t now_ = 0, peak_ = 0;
+};
+
+/// The largest number of bytes that were allocated at one time while the function ran.
+template <typename Function>
+int64_t peak_of(const Function& function) {
+  const auto memory = std::make_shared<Memory>();
+  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, memory);
+  function();
+  return memory->peak();
+}
+
+/// Rows are handled in blocks of 2^18 elements. Of the cross entropy eight may be at work at one time in the type of its
+/// arithmetic, of the KL twelve in float64.
+int64_t blocks(int64_t count, torch::ScalarType type) { return count * (int64_t{1} << 18) * (type == torch::kDouble ? 8 : 4); }
+
+/// The operations that were called in this thread while the function ran.
+template <typename Function>
+std::vector<std::string> operations_of(const Function& function) {
+  static thread_local std::vector<std::string> names;
+  names.clear();
+  const auto note = [](const at::RecordFunction& call) -> std::unique_ptr<at::ObserverContext> {
+    names.emplace_back(call.name());
+    return nullptr;
+  };
+  const auto handle = at::addThreadLocalCallback(at::RecordFunctionCallback(note).scopes({at::RecordScope::FUNCTION}));
+  function();
+  at::removeCallback(handle);
+  return names;
+}
+
+bool reads_a_value(const std::string& operation) {
+  for (const char* reader : {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero",
+                             "aten::allclose", "aten::masked_select", "aten::unique_dim", "aten::_unique2"}) {
+    if (operation == reader) return true;
+  }
+  return false;
+}
+
+Tensor random(torch::IntArrayRef shape, torch::ScalarType type) {
+  torch::manual_seed(20251017);
+  return (torch::randn(shape) * 2).to(type);
+}
+
+/// The loss, the gradients and every metric, to the bit.
+template <typename FreeBits>
+std::vector<Tensor> everything(const Tensor& logits, const Tensor& targets, const Tensor& z_logits) {
+  const Tensor x = leaf(logits), z = leaf(z_logits);
+  const auto [loss, metrics] = compute_vae_loss<FreeBits>(x, targets, z, z.size(-1), 0.5, 0.25);
+  std::vector<double> read;
+  for (const auto& entry : metrics) read.push_back(entry.second);
+  return {loss.detach(), gradient(loss, x), gradient(loss, z), torch::tensor(read, torch::kDouble)};
+}
+
+template <typename FreeBits>
+void check_threads(const Tensor& logits, const Tensor& z_logits) {
+  const Tensor targets = (torch::arange(logits.numel() / logits.size(-1)) * 7919).remainder(logits.size(-1))
+                             .reshape(logits.sizes().slice(0, static_cast<size_t>(logits.dim() - 1)));
+  const auto run = [&] { return everything<FreeBits>(logits, targets, z_logits); };
+  const auto one = with_threads(1, run);
+  for (const int threads : {2, 3}) {
+    INFO(threads << " threads");
+    const auto several = with_threads(threads, run);
+    for (size_t index = 0; index < one.size(); ++index) {
+      INFO("result " << index);
+      CHECK(same_bits(one[index], several[index]));
+    }
+  }
+}
+
+Tensor where_without_values(const Tensor& condition, const Tensor& left, const Tensor& right) {
+  return torch::empty(at::infer_size(condition.sizes(), at::infer_size(left.sizes(), right.sizes())), left.options());
+}
+
+Tensor& unary_without_values(const Tensor& x, Tensor& result) {
+  result.resize_(x.sizes());
+  return result;
+}
+
+}  // namespace
+
+// What LibTorch has for tensors without storage in Python only.
+TORCH_LIBRARY_IMPL(aten, Meta, library) {
+  library.impl("abs.out", &unary_without_values);
+  library.impl("logical_not.out", &unary_without_values);
+  library.impl("where.self", &where_without_values);
+}
+
+TEST_CASE("Any number of threads gives the same bits", "[threads]") {
+  const auto type = GENERATE(torch::kFloat, torch::kDouble, torch::kBFloat16);
+  INFO(type);
+  SECTION("many positions") {
+    check_threads<PerPosition>(random({200001, 5}, type), random({50001, 16}, type));
+  }
+  SECTION("many positions, a budget for each bit and for the batch") {
+    check_threads<PerBit>(random({40001, 3}, type), random({40001, 7}, type));
+    check_threads<BatchMean>(random({40001, 3}, type), random({40001, 7}, type));
+  }
+  SECTION("a real vocabulary") { check_threads<PerPosition>(random({64, 50257}, type), random({64, 16}, type)); }
+  SECTION("one long row") { check_threads<PerPosition>(random({1, 300001}, type), random({1, 20003}, type)); }
+  SECTION("one dimension") { check_threads<PerPosition>(random({300001}, type), random({20003}, type)); }
+  SECTION("classes first in memory") {
+    check_threads<PerPosition>(random({5003, 96}, type).t(), random({16, 20003}, type).t());
+  }
+  SECTION("shifted") {
+    check_threads<PerPosition>(random({3, 65, 5003}, type).slice(1, 1), random({3, 9001, 16}, type).slice(1, 1));
+  }
+}
+
+TEST_CASE("Cross entropy needs one gradient of memory beside the logits", "[memory]") {
+  for (const auto type : types) {
+    const std::vector<std::pair<const char*, Tensor>> layouts{
+        {"contiguous", torch::zeros({256, 32768}, type)},
+        {"shifted", torch::zeros({4, 65, 32768}, type).slice(1, 0, 64)},
+    };
+    for (const auto& [name, base] : layouts) {
+      INFO(type << ", " << name);
+      const Tensor logits = leaf(base);
+      const Tensor targets = torch::zeros(base.sizes().slice(0, static_cast<size_t>(base.dim() - 1)), torch::kLong);
+      const int64_t gradient_bytes = logits.numel() * static_cast<int64_t>(logits.element_size());
+      const int64_t small = blocks(8, type);
+      CHECK(peak_of([&] { compute_reconstruction_loss(logits, targets); }) <= small);
+      Tensor found;
+      CHECK(peak_of([&] { found = gradient(compute_reconstruction_loss(logits, targets), logits); }) <=
+            gradient_bytes + small);
+    }
+  }
+}
+
+TEST_CASE("The latent KL needs one gradient of memory beside the logits", "[memory]") {
+  const Tensor base = torch::zeros({262152, 16}, torch::kDouble);
+  const int64_t small = blocks(12, torch::kDouble);
+  for (const Tensor& view : {base, base.view({8, 32769, 16}).slice(1, 1)}) {
+    const Tensor z_logits = leaf(view);
+    const int64_t gradient_bytes = z_logits.numel() * static_cast<int64_t>(z_logits.element_size());
+    CHECK(gradient_bytes > small);  // or a second gradient would not be noticed
+    CHECK(peak_of([&] { compute_kl_divergence(z_logits); }) <= small);
+    Tensor found;
+    CHECK(peak_of([&] { found = gradient(compute_kl_divergence(z_logits), z_logits); }) <= gradient_bytes + small);
+  }
+}
+
+TEST_CASE("The memory that is counted is what tensors take", "[memory]") {
+  CHECK(peak_of([] { torch::empty({1000}, torch::kDouble) + torch::ones({1000}, torch::kDouble); }) >= 24000);
+  CHECK(peak_of([] {
+    for (int repeat = 0; repeat < 10; ++repeat) torch::empty({1000}, torch::kDouble);
+  }) < 9000);
+}
+
+TEMPLATE_TEST_CASE("The whole loss reads no value, neither forward nor backward", "[vae][metrics][device]", PerPosition,
+                   PerBit, BatchMean) {
+  const auto step = [](const Tensor& logits, const Tensor& targets, const Tensor& z_logits, bool create_graph) {
+    auto [loss, metrics] = compute_vae_loss<TestType>(logits, targets, z_logits, 3);
+    metrics += compute_vae_loss<TestType>(logits, targets, z_logits, 3).metrics;
+    torch::autograd::grad({loss * 3}, {logits, z_logits}, {}, /*retain_graph=*/create_graph, create_graph);
+    return metrics;
+  };
+  const Tensor logits = leaf(eighths({2, 4, 5})), z_logits = leaf(eighths({2, 4, 3}));
+  const Tensor targets = torch::zeros({2, 4}, torch::kLong);
+  SECTION("as the operations that it calls show") {
+    for (const bool create_graph : {false, true}) {
+      const auto operations = operations_of([&] { step(logits, targets, z_logits, create_graph); });
+      CHECK(operations.size() > 20);
+      for (const auto& operation : operations) {
+        INFO(operation);
+        CHECK_FALSE(reads_a_value(operation));
+      }
+    }
+  }
+  SECTION("as a device without values shows") {
+    for (const auto type : all_types) {
+      INFO(type);
+      const auto options = torch::TensorOptions(type).device(torch::kMeta);
+      const Tensor meta_logits = torch::empty({2, 4, 5}, options).requires_grad_();
+      const Tensor meta_z = torch::empty({2, 4, 3}, options).requires_grad_();
+      const Tensor meta_targets = torch::empty({2, 4}, options.dtype(torch::kLong));
+      for (const bool create_graph : {false, true}) step(meta_logits, meta_targets, meta_z, create_graph);
+      compute_vae_loss<TestType>(meta_logits, meta_targets, meta_z, 3).loss.backward();
+      CHECK(meta_logits.grad().sizes() == meta_logits.sizes());
+      CHECK(meta_z.grad().scalar_type() == type);
+    }
+  }
+}
+
+TEST_CASE("Reading a value is noticed by the test above", "[device]") {
+  const auto read = operations_of([] { torch::ones({}).item<double>(); });
+  CHECK(std::any_of(read.begin(), read.end(), reads_a_value));
+  CHECK_THROWS_AS(torch::empty({}, torch::kMeta).item<double>(), std::exception);
+}
