@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 
 #include "free_transformer/detail/autograd/latent_kl.hpp"
 #include "free_transformer/detail/checks.hpp"
@@ -71,6 +72,13 @@ struct KLDivergenceOptions {
 
 namespace detail {
 
+template <>
+inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<PerPosition> = kernels::Hinge::per_position;
+template <>
+inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<PerBit> = kernels::Hinge::per_bit;
+template <>
+inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<BatchMean> = kernels::Hinge::batch_mean;
+
 template <typename FreeBits>
 LatentResult latent_kl(const torch::Tensor& z_logits, const KLDivergenceOptions& options) {
   constexpr const char* function = "compute_kl_divergence";
@@ -78,10 +86,9 @@ LatentResult latent_kl(const torch::Tensor& z_logits, const KLDivergenceOptions&
   check_not_negative(function, "free_bits", options.free_bits());
   check_prior_logits(function, z_logits, options.prior_logits());
   const Normalization normalization = checked_normalization(function, options.reduction(), options.normalizer());
-  const auto positions = z_logits.sizes().slice(0, static_cast<size_t>(z_logits.dim() - 1));
   const auto device = z_logits.device();
   const LatentTerms terms{
-      checked_token_weight(function, options.token_weight(), positions, device, widest_type(device)),
+      checked_token_weight(function, options.token_weight(), shape_of_positions(z_logits), device, widest_type(device)),
       options.free_bits()};
   return latent_kl<FreeBits>(z_logits, options.prior_logits(), terms, normalization);
 }

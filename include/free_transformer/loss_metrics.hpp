@@ -26,6 +26,7 @@ namespace free_transformer {
 ///     latent/active_fraction   share of the positions above their budget
 ///     latent/active_bits   number of latent bits whose mean KL is above 0.01 nats
 ///     bound/elbo, bound/elbo_bits   negative log-likelihood + KL before the hinge, a token: comparable with a language model
+///     metrics/accuracy     share of the positions whose most likely class is the target; only if asked for in the options
 /// They do not depend on `reduction` and `normalizer`: a += b gives what one call on both batches would have given.
 /// Nothing is copied to the host before the first read; then everything is, once. Reading throws c10::Error for an unknown
 /// name. Not safe to read from two threads at once.
@@ -39,8 +40,8 @@ class LossMetrics {
 
   /// The sums of both terms as `reconstruct` and the latent term return them.
   LossMetrics(const torch::Tensor& reconstruction_sums, const torch::Tensor& latent_sums, double beta_kl,
-              double free_bits, bool hinge_on_batch_mean)
-      : hinge_on_batch_mean_(hinge_on_batch_mean) {
+              double free_bits, bool hinge_on_batch_mean, bool has_accuracy)
+      : hinge_on_batch_mean_(hinge_on_batch_mean), has_accuracy_(has_accuracy) {
     const torch::Tensor weight = latent_sums[detail::latent_weight_sum];
     const torch::Tensor settings = at::stack({latent_sums[detail::penalty_sum] * beta_kl, weight * beta_kl, weight * free_bits});
     sums_ = at::cat({reconstruction_sums, settings, latent_sums});
@@ -49,10 +50,11 @@ class LossMetrics {
   LossMetrics& operator+=(const LossMetrics& other) {
     if (!other.sums_.defined()) return *this;
     if (!sums_.defined()) return *this = other;
-    TORCH_CHECK(sums_.sizes() == other.sums_.sizes() && hinge_on_batch_mean_ == other.hinge_on_batch_mean_,
-                "LossMetrics: += must join metrics of one latent_dim and free-bits policy, got sums of ", sums_.sizes(),
-                " and ", other.sums_.sizes(), ", hinge on the batch mean ", hinge_on_batch_mean_, " and ",
-                other.hinge_on_batch_mean_);
+    TORCH_CHECK(sums_.sizes() == other.sums_.sizes() && hinge_on_batch_mean_ == other.hinge_on_batch_mean_ &&
+                    has_accuracy_ == other.has_accuracy_,
+                "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of ",
+                sums_.sizes(), " and ", other.sums_.sizes(), ", hinge on the batch mean ", hinge_on_batch_mean_, " and ",
+                other.hinge_on_batch_mean_, ", accuracy ", has_accuracy_, " and ", other.has_accuracy_);
     sums_ = sums_ + other.sums_.to(sums_.device());
     values_.clear();
     return *this;
@@ -92,6 +94,7 @@ class LossMetrics {
 
   torch::Tensor sums_;
   bool hinge_on_batch_mean_ = false;
+  bool has_accuracy_ = false;
   mutable std::vector<value_type> values_;
 };
 
@@ -118,16 +121,20 @@ inline std::vector<LossMetrics::value_type> LossMetrics::read() const {
     kl = above <= 0 ? 0 : above;
     kl_weighted = kl * ratio(data[beta_kl_sum], positions);
   }
-  return {{"loss/total", reconstruction + kl_weighted},
-          {"loss/reconstruction", reconstruction},
-          {"loss/kl", kl},
-          {"loss/kl_weighted", kl_weighted},
-          {"metrics/perplexity", std::exp(nll)},
-          {"latent/kl_bits", raw_kl / std::log(2.0)},
-          {"latent/active_fraction", ratio(latent(detail::active_sum), positions)},
-          {"latent/active_bits", active_bits},
-          {"bound/elbo", nll + raw_kl},
-          {"bound/elbo_bits", (nll + raw_kl) / std::log(2.0)}};
+  std::vector<value_type> values{{"loss/total", reconstruction + kl_weighted},
+                                 {"loss/reconstruction", reconstruction},
+                                 {"loss/kl", kl},
+                                 {"loss/kl_weighted", kl_weighted},
+                                 {"metrics/perplexity", std::exp(nll)},
+                                 {"latent/kl_bits", raw_kl / std::log(2.0)},
+                                 {"latent/active_fraction", ratio(latent(detail::active_sum), positions)},
+                                 {"latent/active_bits", active_bits},
+                                 {"bound/elbo", nll + raw_kl},
+                                 {"bound/elbo_bits", (nll + raw_kl) / std::log(2.0)}};
+  if (has_accuracy_) {
+    values.emplace_back("metrics/accuracy", ratio(data[detail::hit_sum], data[detail::token_weight_sum]));
+  }
+  return values;
 }
 
 }  // namespace free_transformer

@@ -6,5 +6,6 @@
 #include "free_transformer/loss_metrics.hpp"
 #include "free_transformer/reconstruction_loss.hpp"
 #include "free_transformer/reduction.hpp"
+#include "free_transformer/token_statistics.hpp"
 #include "free_transformer/vae_loss.hpp"
 #include "free_transformer/version.hpp"

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "free_transformer/detail/autograd/cross_entropy.hpp"
+#include "free_transformer/detail/autograd/inplace_cross_entropy.hpp"
 #include "free_transformer/detail/checks.hpp"
 #include "free_transformer/reduction.hpp"
 
@@ -20,6 +20,32 @@ struct ReconstructionLossOptions {
 
   /// `torch::kMean` (default), `torch::kSum` or `torch::kNone`.
   TORCH_ARG(Reduction, reduction) = torch::enumtype::kMean{};
+
+  /// Weight u of each position, the shape of the targets, bool or floating, finite and >= 0. Default: 1 everywhere.
+  TORCH_ARG(torch::Tensor, token_weight);
+
+  /// Divides the sum under `torch::kMean`, instead of the weights counted here; the other reductions ignore it.
+  TORCH_ARG(Normalizer, normalizer);
+
+  /// Weight w of each class, `[vocab_size]`, floating, finite and >= 0. Default: 1 for all.
+  TORCH_ARG(torch::Tensor, weight);
+
+  /// epsilon in [0, 1]: the share of the target that is spread evenly over the vocabulary. Default: 0.
+  TORCH_ARG(double, label_smoothing) = 0.0;
+
+  /// Factor >= 0 of (log sum_j exp(x_j))^2, added at each position (PaLM). Default: 0.
+  TORCH_ARG(double, z_loss) = 0.0;
+
+  /// c > 0 replaces every logit x by c tanh(x/c) before everything else (Gemma 2). Default: 0, which does not.
+  TORCH_ARG(double, softcap) = 0.0;
+
+  /// True lets the gradient be written over the logits, which saves memory and time. They then must be no leaf and must
+  /// not be used again: reading them through the graph, a second backward or create_graph is an error. Without a gradient to
+  /// compute, and where there is no vector kernel, it changes nothing. Default: false.
+  TORCH_ARG(bool, inplace) = false;
+
+  /// True also counts the positions whose most likely class is the target, for `metrics/accuracy`. Default: false.
+  TORCH_ARG(bool, accuracy) = false;
 };
 
 /// What a source of logits answers: the loss, with a graph, and the sums that `LossMetrics` keeps, without one.
@@ -28,31 +54,58 @@ struct ReconstructionResult {
   torch::Tensor sums;  ///< in the order of `detail::ReconstructionSum`, in the widest type, on the device of the logits
 };
 
+namespace detail {
+
+/// The checked settings and targets of logits of shape [positions..., classes], in what the losses compute with.
+inline CrossEntropyTerms checked_terms(const char* function, const torch::Tensor& targets,
+                                       const ReconstructionLossOptions& options, at::IntArrayRef positions,
+                                       int64_t classes, const at::Device& device, at::ScalarType logits_type) {
+  check_not_negative(function, "z_loss", options.z_loss());
+  check_not_negative(function, "softcap", options.softcap());
+  TORCH_CHECK(options.label_smoothing() >= 0 && options.label_smoothing() <= 1, function,
+              ": label_smoothing must be in [0, 1], got ", options.label_smoothing());
+  const auto type = arithmetic_type(logits_type);
+  CrossEntropyTerms terms;
+  terms.targets = checked_targets(function, targets, positions, classes, device, options.ignore_index());
+  terms.token_weight = checked_token_weight(function, options.token_weight(), positions, device, type);
+  terms.class_weight = checked_class_weight(function, options.weight(), classes, device, type);
+  terms.ignore_index = options.ignore_index();
+  terms.label_smoothing = options.label_smoothing();
+  terms.z_loss = options.z_loss();
+  terms.softcap = options.softcap();
+  return terms;
+}
+
+}  // namespace detail
+
 /// Dense logits. A type of your own becomes a source of logits by an overload of this function in its namespace; it may
 /// make dense logits of itself and hand them on.
 inline ReconstructionResult reconstruct(const torch::Tensor& logits, const torch::Tensor& targets,
                                         const ReconstructionLossOptions& options) {
   constexpr const char* function = "compute_reconstruction_loss";
   detail::check_logits(function, "logits", logits);
-  const auto positions = logits.sizes().slice(0, static_cast<size_t>(logits.dim() - 1));
-  detail::CrossEntropyTerms terms;
-  terms.targets = detail::checked_targets(function, targets, positions, logits.size(-1), logits.device(),
-                                          options.ignore_index());
-  terms.ignore_index = options.ignore_index();
-  const auto normalization = detail::checked_normalization(function, options.reduction(), {});
-  auto result = detail::cross_entropy(logits, terms, normalization, /*count_hits=*/false);
+  const auto positions = detail::shape_of_positions(logits);
+  const auto terms = detail::checked_terms(function, targets, options, positions, logits.size(-1), logits.device(),
+                                           logits.scalar_type());
+  const auto normalization = detail::checked_normalization(function, options.reduction(), options.normalizer());
+  auto result = detail::cross_entropy(function, logits, terms, normalization, options.accuracy(), options.inplace());
   return {std::move(result.loss), std::move(result.sums)};
 }
 
-/// Cross entropy of the targets, in nats:
-///     L = 1/T sum_t (log sum_j exp(x_tj) - x_ty),   y the target of t, over the T positions that are not ignored
+/// Cross entropy of the targets, in nats. With y the target of position t, u its weight, w the class weights, epsilon the
+/// label smoothing, x the logits (capped first of all) and lse = log sum_j exp(x_j):
+///     loss_t = u [(1-epsilon) w_y (lse - x_y) + epsilon/V sum_c w_c (lse - x_c)] + u z_loss lse^2
+///     mean   = sum of the first terms / sum u w_y + sum of the last / sum u, or all of it / normalizer; kSum: no divisor
+/// which without options is 1/T sum_t (lse - x_y) over the T positions that are not ignored.
 /// logits   [..., vocab_size], floating, any strides; half and bfloat16 are computed in float32. -inf masks a class
-/// targets  [...], any integer type; or class probabilities of the logits' shape and a floating type
-/// Returns  a scalar, or [...] with kNone (0 where ignored); float32, or float64 for float64. 0 if nothing counts, NaN if
-///          a NaN counts. Relative accuracy holds for a confident model, too
-/// Saved    logits, five numbers a position. Double backward works. Ignored rows have a gradient of exactly 0
-/// Throws   c10::Error if a type or a shape does not fit, or (on the CPU) a target is out of range; on other devices such
-///          a target makes the loss NaN
+/// targets  [...], any integer type; or class probabilities q of the logits' shape: the bracket is then
+///          sum_c w_c ((1-epsilon) q_c + epsilon/V) (lse - x_c), and its sum is divided by sum u
+/// Returns  a scalar, or [...] with kNone; float32, or float64 for float64. 0 if nothing counts, NaN if a NaN counts.
+///          Relative accuracy holds for a confident model, too
+/// Saved    logits, five numbers a position. Double backward works. Positions that are ignored or of weight 0 have a loss
+///          and a gradient of exactly 0; a class of weight 0 has no likelihood term
+/// Throws   c10::Error if a type, shape, device or setting does not fit, or (on the CPU) a target or a weight is out of
+///          range; on other devices a target out of range makes the loss NaN
 template <typename Logits>
 torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Tensor& targets,
                                           const ReconstructionLossOptions& options) {

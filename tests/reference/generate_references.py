@@ -22,16 +22,23 @@ INF = float("inf")
 
 
 def central_difference(function, values):
-    """Gradient of function(values), 0 at infinite values: there it is a limit."""
+    """Gradient of function(values), 0 at infinite values: there it is a limit.
+
+    A slope that follows the step is what the third derivative leaves of a 0.
+    """
+    def slope(index, step):
+        up, down = list(values), list(values)
+        up[index] += step
+        down[index] -= step
+        return (function(up) - function(down)) / (2 * step)
+
     gradient = []
     for index, value in enumerate(values):
         if mpmath.isinf(value):
             gradient.append(mpf(0))
             continue
-        up, down = list(values), list(values)
-        up[index] += STEP
-        down[index] -= STEP
-        gradient.append((function(up) - function(down)) / (2 * STEP))
+        fine, coarse = slope(index, STEP), slope(index, 2 * STEP)
+        gradient.append(fine if abs(fine - coarse) <= abs(fine) * mpf(10) ** -50 else mpf(0))
     return gradient
 
 
@@ -218,6 +225,272 @@ def latent_cases():
     ]
 
 
+# ---- the options of the cross entropy ------------------------------------------------------------------------------
+
+def times(weight, value):
+    """weight value; a weight of 0 leaves the value out, also an infinite one."""
+    return mpf(0) if weight == 0 else mpf(weight) * value
+
+
+@dataclasses.dataclass
+class CrossEntropyOptions:
+    """One call; logits [N * V], and either targets [N] or class probabilities [N * V]. An empty list is the default."""
+    name: str
+    classes: int
+    logits: list
+    targets: list = dataclasses.field(default_factory=list)
+    probabilities: list = dataclasses.field(default_factory=list)
+    ignore_index: int = -100
+    token_weight: list = dataclasses.field(default_factory=list)
+    class_weight: list = dataclasses.field(default_factory=list)
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    normalizer: float = 0.0
+
+    def u(self, t):
+        if self.targets and self.targets[t] == self.ignore_index:
+            return mpf(0)
+        return mpf(self.token_weight[t]) if self.token_weight else mpf(1)
+
+    def w(self, c):
+        return mpf(self.class_weight[c]) if self.class_weight else mpf(1)
+
+    def target_weight(self, t):
+        """What a mean counts the likelihood of a position by: w_y, and 1 for probabilities."""
+        return self.w(self.targets[t]) if self.targets and self.u(t) != 0 else mpf(1)
+
+    def coefficients(self, t):
+        """Of each lse - x_c: (1-epsilon) w_y [c = y] + epsilon/V w_c, and w_c ((1-epsilon) q_c + epsilon/V)."""
+        epsilon = mpf(self.label_smoothing)
+        q = (self.probabilities[t * self.classes:(t + 1) * self.classes] if self.probabilities
+             else [1 if c == self.targets[t] else 0 for c in range(self.classes)])
+        return [self.w(c) * ((1 - epsilon) * mpf(q[c]) + epsilon / self.classes) for c in range(self.classes)]
+
+    def capped(self, row):
+        cap = mpf(self.softcap)
+        return [cap * mpmath.tanh(x / cap) for x in row] if cap != 0 else row
+
+    def log_sum_exp(self, row):
+        return mpmath.log(mpmath.fsum(mpmath.exp(x) for x in self.capped(row)))
+
+    def likelihood(self, row, t):
+        if self.u(t) == 0:
+            return mpf(0)
+        lse = self.log_sum_exp(row)
+        return self.u(t) * mpmath.fsum(times(a, lse - x) for a, x in zip(self.coefficients(t), self.capped(row)))
+
+    def z(self, row, t):
+        return times(self.u(t), mpf(self.z_loss) * self.log_sum_exp(row) ** 2) if self.u(t) != 0 else mpf(0)
+
+    def scales(self, positions):
+        if self.normalizer != 0:
+            return 1 / mpf(self.normalizer), 1 / mpf(self.normalizer)
+        weights = (mpmath.fsum(self.u(t) * self.target_weight(t) for t in range(positions)),
+                   mpmath.fsum(self.u(t) for t in range(positions)))
+        return tuple(1 / weight if weight != 0 else mpf(0) for weight in weights)
+
+    def conditions(self, row, t, scale):
+        """What rounding by 1 part in its inputs and steps may add to the loss of a position and to its gradient.
+
+        The terms of a loss are not negative, so their rounding is relative to it. More comes from lse, which rounds by |m|
+        for the largest logit m, and from the cap, which rounds every logit by as much as c and its slope by 2|x|/c. The terms
+        of a gradient do cancel: total p_c - coefficient_c."""
+        if self.u(t) == 0:
+            return mpf(0), [mpf(0)] * len(row)
+        capped, lse = self.capped(row), self.log_sum_exp(row)
+        cap, largest = mpf(self.softcap), abs(max(capped))
+        coefficients = self.coefficients(t)
+        total = mpmath.fsum(coefficients)
+        loss = self.u(t) * (2 * cap * total + 2 * self.z_loss * abs(lse) * (largest + 2 * cap))
+        gradient = []
+        for x, y, a in zip(row, capped, coefficients):
+            terms = (total + 2 * self.z_loss * (abs(lse) + largest)) * mpmath.exp(y - lse) + a
+            slope, steepness = (1 - mpmath.tanh(x / cap) ** 2, 1 + 2 * cap + 2 * abs(x) / cap) if cap != 0 else (1, 1)
+            gradient.append(scale * self.u(t) * terms * slope * steepness)
+        return loss, gradient
+
+    def result(self):
+        rows = rows_of([mpf(x) for x in self.logits], self.classes)
+        likelihood_scale, z_scale = self.scales(len(rows))
+        mean_of_row = lambda row, t: likelihood_scale * self.likelihood(row, t) + z_scale * self.z(row, t)
+        losses, gradient, loss_conditions, gradient_conditions = [], [], [], []
+        for t, row in enumerate(rows):
+            losses.append(self.likelihood(row, t) + self.z(row, t))
+            gradient += central_difference(lambda x: mean_of_row(x, t), row)
+            loss_condition, gradient_condition = self.conditions(row, t, max(likelihood_scale, z_scale))
+            loss_conditions.append(loss_condition)
+            gradient_conditions += gradient_condition
+        mean = mpmath.fsum(mean_of_row(row, t) for t, row in enumerate(rows))
+        mean_condition = mpmath.fsum(loss_conditions) * max(likelihood_scale, z_scale)
+        return [losses, loss_conditions, mpmath.fsum(losses), mean, mean_condition, gradient, gradient_conditions]
+
+    def written(self):
+        exact = smallest_type(self.logits, self.probabilities, self.token_weight, self.class_weight)
+        settings = [self.classes, self.ignore_index, self.logits, self.targets, self.probabilities, self.token_weight,
+                    self.class_weight, self.label_smoothing, self.z_loss, self.softcap, self.normalizer]
+        return [text(self.name), exact] + [text(value) for value in settings + self.result()]
+
+
+def option_cases():
+    random_numbers = random.Random(20251020)
+    eight = lambda count, largest=8.0: eighths(random_numbers, count, largest)
+    weights = lambda count: [random_numbers.choice([0.125, 0.25, 0.5, 1.0, 1.5, 2.0]) for _ in range(count)]
+
+    def probabilities(rows, classes):
+        """Sixteenths that sum to 1, some of them 0."""
+        result = []
+        for _ in range(rows):
+            shares = [0] * classes
+            for _ in range(16):
+                shares[random_numbers.randrange(classes)] += 1
+            result += [share / 16 for share in shares]
+        return result
+
+    masked = eight(3 * 6)
+    for row in range(3):
+        masked[6 * row + 2] = masked[6 * row + 5] = -INF
+    everything = dict(label_smoothing=0.1, z_loss=0.25, softcap=5.0)
+    case = CrossEntropyOptions
+    return [
+        case("z-loss", 6, eight(4 * 6), [5, 0, -100, 3], z_loss=0.01),
+        case("z-loss at log-sum-exps on both sides of 0", 4, [x - 1.5 for x in eight(5 * 4, 2.0)], [3, 1, 1, 0, 2], z_loss=2.0),
+        case("softcap", 6, eight(4 * 6), [5, 0, -100, 3], softcap=3.0),
+        case("softcap far outside", 5, eight(3 * 5, 15.0), [4, 0, 2], softcap=1.5),
+        case("softcap that hardly bends", 5, eight(3 * 5), [4, 0, 2], softcap=50.0),
+        case("label smoothing", 6, eight(4 * 6), [5, 0, -100, 3], label_smoothing=0.1),
+        case("label smoothing of 1", 5, eight(3 * 5), [4, 0, 2], label_smoothing=1.0),
+        case("class weights, one of them 0 and a target", 5, eight(4 * 5), [4, 0, -100, 2],
+             class_weight=[1.5, 0.25, 0.0, 1.0, 2.0]),
+        case("class weights and label smoothing", 5, eight(4 * 5), [4, 2, 0, 2], class_weight=[1.5, 0.25, 0.0, 1.0, 2.0],
+             label_smoothing=0.3),
+        case("every target of weight 0", 4, eight(2 * 4), [1, 1], class_weight=[1.0, 0.0, 1.0, 1.0]),
+        case("token weights", 6, eight(5 * 6), [5, 0, -100, 3, 1], token_weight=[0.25, 2.0, 1.0, 0.0, 1.5]),
+        case("every token of weight 0", 4, eight(2 * 4), [1, 3], token_weight=[0.0, 0.0], **everything),
+        case("token and class weights", 5, eight(4 * 5), [4, 0, 1, 3], token_weight=weights(4), class_weight=weights(5)),
+        case("a normalizer", 6, eight(3 * 6), [5, -100, 3], normalizer=7.0),
+        case("a normalizer for both divisors", 5, eight(4 * 5), [4, 0, 1, 3], token_weight=weights(4), class_weight=weights(5),
+             z_loss=0.125, normalizer=0.75),
+        case("a masked vocabulary and z-loss", 6, masked, [1, 0, 4], z_loss=0.125, token_weight=[1.0, 0.5, 2.0]),
+        case("a masked vocabulary of weight 0 and label smoothing", 6, masked, [1, 0, 4], label_smoothing=0.2,
+             class_weight=[1.0, 0.5, 0.0, 1.0, 2.0, 0.0]),
+        case("a large offset and label smoothing", 6, [x + 1e4 for x in eight(2 * 6)] + [x - 1e4 for x in eight(2 * 6)],
+             [0, 5, 2, 3], label_smoothing=0.1, class_weight=weights(6)),
+        case("all options", 7, eight(5 * 7), [6, 0, -100, 3, 2], token_weight=[1.0, 0.5, 2.0, 0.0, 1.5],
+             class_weight=weights(7), **everything),
+        case("all options, a normalizer and ignore_index inside the vocabulary", 7, eight(4 * 7), [6, 0, 3, 2], ignore_index=3,
+             token_weight=weights(4), class_weight=weights(7), normalizer=3.0, **everything),
+        case("all options, more classes than two vectors hold", 67, eight(3 * 67, 4.0), [66, 0, 31], token_weight=weights(3),
+             class_weight=weights(67), **everything),
+        case("all options, one class", 1, [0.5, -3.5], [0, 0], token_weight=[1.0, 0.25], class_weight=[2.0], **everything),
+        case("probabilities", 6, eight(4 * 6), probabilities=probabilities(4, 6)),
+        case("probabilities and token weights", 6, eight(4 * 6), probabilities=probabilities(4, 6),
+             token_weight=[1.0, 0.0, 0.5, 2.0]),
+        case("probabilities, class weights and label smoothing", 6, eight(4 * 6), probabilities=probabilities(4, 6),
+             class_weight=[1.5, 0.25, 0.0, 1.0, 2.0, 0.5], label_smoothing=0.2),
+        case("probabilities, all options", 6, eight(4 * 6), probabilities=probabilities(4, 6),
+             token_weight=[1.0, 0.0, 0.5, 2.0], class_weight=weights(6), **everything),
+        case("probabilities, all options and a normalizer", 6, eight(3 * 6), probabilities=probabilities(3, 6),
+             token_weight=weights(3), class_weight=weights(6), normalizer=5.0, **everything),
+    ]
+
+
+# ---- the options of the latent KL ----------------------------------------------------------------------------------
+
+def sigmoid(x):
+    return 1 / (1 + mpmath.exp(-x))
+
+
+@dataclasses.dataclass
+class LatentOptions:
+    """One call with each policy; z_logits [N * H], prior_logits [], [H] or [N * H], token_weight [] or [N]."""
+    name: str
+    latent_dim: int
+    z_logits: list
+    free_bits: float
+    prior_logits: list = dataclasses.field(default_factory=list)
+    token_weight: list = dataclasses.field(default_factory=list)
+    normalizer: float = 0.0
+
+    def u(self):
+        rows = len(self.z_logits) // self.latent_dim
+        return [mpf(u) for u in self.token_weight] or [mpf(1)] * rows
+
+    def prior_of_each(self, prior):
+        return [prior[index % len(prior)] if prior else mpf(0) for index in range(len(self.z_logits))]
+
+    def bit_kl(self, z_logits, prior):
+        """KL(Bernoulli(p) || Bernoulli(q)) = p log(p/q) + (1-p) log((1-p)/(1-q)), p = sigmoid(l), q = sigmoid(r)."""
+        kl = []
+        for l, r in zip(z_logits, self.prior_of_each(prior)):
+            p, q, not_p, not_q = sigmoid(l), sigmoid(r), sigmoid(-l), sigmoid(-r)
+            kl.append(p * mpmath.log(p / q) + not_p * mpmath.log(not_p / not_q))
+        return rows_of(kl, self.latent_dim)
+
+    def penalties(self, policy, z_logits, prior):
+        kl, kappa, u = self.bit_kl(z_logits, prior), mpf(self.free_bits), self.u()
+        if policy == "PerPosition":
+            return [weight * hinge(mpmath.fsum(row) - kappa) for weight, row in zip(u, kl)]
+        if policy == "PerBit":
+            return [weight * mpmath.fsum(hinge(bit - kappa) for bit in row) for weight, row in zip(u, kl)]
+        mean = mpmath.fsum(weight * mpmath.fsum(row) for weight, row in zip(u, kl)) / mpmath.fsum(u)
+        return [weight * (mpmath.fsum(row) - kappa) if mean > kappa else mpf(0) for weight, row in zip(u, kl)]
+
+    def loss(self, policy, z_logits, prior):
+        divisor = mpf(self.normalizer) if self.normalizer != 0 else mpmath.fsum(self.u())
+        return mpmath.fsum(self.penalties(policy, z_logits, prior)) / divisor
+
+    def conditions(self):
+        """What rounding by 1 part may add to the penalty of each position: near each other, |l-r| < 1, the KL of a bit is a
+        difference of terms of p |l-r|; further away one of terms of 1 + |l| + |r|. The budget is subtracted, from each bit."""
+        def condition(l, r):
+            if not self.prior_logits:
+                return mpf(0)
+            return abs(l - r) if abs(l - r) < 1 else 1 + abs(l) + abs(r)
+
+        prior = self.prior_of_each([mpf(r) for r in self.prior_logits])
+        rows = rows_of([condition(mpf(l), r) for l, r in zip(self.z_logits, prior)], self.latent_dim)
+        budget = self.latent_dim * mpf(self.free_bits)
+        return [u * (mpmath.fsum(row) + budget) for u, row in zip(self.u(), rows)]
+
+    def written(self):
+        z_logits, prior = [mpf(z) for z in self.z_logits], [mpf(r) for r in self.prior_logits]
+        settings = [self.latent_dim, self.free_bits, self.z_logits, self.prior_logits, self.token_weight, self.normalizer,
+                    self.conditions()]
+        policies = []
+        for policy in LatentKL.POLICIES:
+            policies.append(braces([text(self.penalties(policy, z_logits, prior)), text(self.loss(policy, z_logits, prior)),
+                                    text(central_difference(lambda z: self.loss(policy, z, prior), z_logits)),
+                                    text(central_difference(lambda r: self.loss(policy, z_logits, r), prior))]))
+        return [text(self.name), smallest_type(self.z_logits, self.prior_logits, self.token_weight)] + \
+            [text(value) for value in settings] + policies
+
+
+def latent_option_cases():
+    random_numbers = random.Random(20251021)
+    eight = lambda count, largest=4.0: eighths(random_numbers, count, largest)
+    quiet_and_loud = [0.125, 0.25, -0.125, 0.0, 4.0, -6.5, 3.25, 5.0, 1.0, -1.5, 0.5, 0.875]
+    far = [7.5, -8.0, 15.0, -14.5]
+    return [
+        LatentOptions("token weights", 4, quiet_and_loud, 0.25, token_weight=[1.0, 0.5, 2.0]),
+        LatentOptions("token weights, one of them 0", 4, quiet_and_loud, 0.25, token_weight=[1.0, 0.0, 0.125]),
+        LatentOptions("a normalizer", 4, quiet_and_loud, 0.25, normalizer=7.0),
+        LatentOptions("token weights and a normalizer", 4, quiet_and_loud, 0.125, token_weight=[1.5, 0.5, 2.0],
+                      normalizer=0.75),
+        LatentOptions("one prior", 4, eight(5 * 4), 0.0, eight(4, 2.0)),
+        LatentOptions("a prior for each position", 4, eight(3 * 4), 0.25, eight(3 * 4)),
+        LatentOptions("a prior near the posterior", 4, quiet_and_loud, 0.0, [x + d for x, d in zip(quiet_and_loud, [
+            0.125, -0.125, 0.0, 0.25, 0.5, -0.125, 0.75, -0.875, 1.0, -1.0, 1.125, -0.25])]),
+        LatentOptions("a prior far from the posterior", 4, far + [-x for x in far], 0.5,
+                      [-x for x in far] + [x / 2 for x in far]),
+        LatentOptions("a uniform prior that is given", 4, quiet_and_loud, 0.25, [0.0] * 4),
+        LatentOptions("one prior, token weights", 4, eight(5 * 4), 0.25, eight(4, 2.0), [1.0, 0.0, 0.5, 2.0, 1.5]),
+        LatentOptions("priors, token weights and a normalizer", 4, eight(4 * 4), 0.125, eight(4 * 4),
+                      [1.0, 0.0, 0.5, 2.0], 3.0),
+        LatentOptions("one bit", 1, [1.5, -0.75, 0.0], 0.0625, [0.5], [0.5, 1.0, 2.0]),
+    ]
+
+
 # ---- the whole loss ------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -359,6 +632,41 @@ struct LatentCase {
   LatentExpectation per_position, per_bit, batch_mean;
 };
 
+/// `*_condition`: what rounding by 1 part may add to the value, beside 1 part of it; see generate_references.py.
+struct OptionCase {
+  const char* name;
+  Exact exact;
+  int64_t classes, ignore_index;
+  std::vector<double> logits;         ///< [N, classes]
+  std::vector<int64_t> targets;       ///< [N], or empty:
+  std::vector<double> probabilities;  ///< [N, classes]
+  std::vector<double> token_weight;   ///< [N], or empty
+  std::vector<double> class_weight;   ///< [classes], or empty
+  double label_smoothing, z_loss, softcap, normalizer;  ///< 0: none
+  std::vector<double> losses, loss_conditions;  ///< [N]
+  double sum, mean, mean_condition;
+  std::vector<double> gradient, gradient_conditions;  ///< of the mean, [N, classes]
+};
+
+struct LatentOptionExpectation {
+  std::vector<double> penalties;  ///< [N], weighted
+  double mean;
+  std::vector<double> z_gradient, prior_gradient;  ///< of the mean; the second of the prior's shape
+};
+
+struct LatentOptionCase {
+  const char* name;
+  Exact exact;
+  int64_t latent_dim;
+  double free_bits;
+  std::vector<double> z_logits;      ///< [N, latent_dim]
+  std::vector<double> prior_logits;  ///< [N, latent_dim], [latent_dim] or empty
+  std::vector<double> token_weight;  ///< [N], or empty
+  double normalizer;                 ///< 0: none
+  std::vector<double> conditions;    ///< of the penalties, [N]
+  LatentOptionExpectation per_position, per_bit, batch_mean;
+};
+
 struct VAECase {
   const char* name;
   Exact exact;
@@ -381,6 +689,8 @@ def main():
     path.write_text(HEADER + "\n".join([
         array("CrossEntropyCase", "cross_entropy_cases", cross_entropy_cases()),
         array("LatentCase", "latent_cases", latent_cases()),
+        array("OptionCase", "option_cases", option_cases()),
+        array("LatentOptionCase", "latent_option_cases", latent_option_cases()),
         array("VAECase", "vae_cases", vae_cases()),
     ]) + "\n}  // namespace reference\n")
 

@@ -21,7 +21,9 @@ template <typename FreeBits>
 void check_reference(const reference::LatentCase& input, const reference::LatentExpectation& expected, double budget,
                      torch::ScalarType type) {
   const int64_t rows = static_cast<int64_t>(input.z_logits.size()) / input.latent_dim;
-  const double relative = (steps + static_cast<double>(input.latent_dim) / 2) * epsilon(torch::kDouble);
+  // The others are float32 kernels: 2 for the KL of a bit, 4 for its gradient, a half for each addition.
+  const double step = epsilon(arithmetic(type));
+  const double relative = (steps + static_cast<double>(input.latent_dim) / 2) * step;
   const Tensor z_logits = leaf(tensor(input.z_logits, {rows, input.latent_dim}, type));
 
   const Tensor mean = compute_kl_divergence<FreeBits>(z_logits, input.latent_dim, input.free_bits);
@@ -35,7 +37,7 @@ void check_reference(const reference::LatentCase& input, const reference::Latent
 
   const Tensor of_z = gradient(mean, z_logits);
   CHECK(of_z.scalar_type() == type);
-  CHECK(difference(of_z, expected.gradient, steps * epsilon(torch::kDouble)) == "");
+  CHECK(difference(of_z, expected.gradient, steps * step) == "");
 }
 
 }  // namespace
@@ -70,7 +72,7 @@ TEST_CASE("The latent KL has the value and the gradient of its equation for ever
   }
 }
 
-TEST_CASE("The KL of a bit and its gradient are within 2 ulp over the floats", "[kl][accuracy]") {
+TEST_CASE("The KL of a bit is within 2 ulp over the floats, its gradient within 4", "[kl][accuracy]") {
   // Every 4001st float from the smallest to infinity. The expected values: where |l| < 1/64 the series of KL in l, whose next
   // term is below 1e-14 of it; elsewhere its equation in long double, where cancellation leaves 1e-19/3e-5 = 3e-15.
   std::vector<float> logits;
@@ -96,7 +98,7 @@ TEST_CASE("The KL of a bit and its gradient are within 2 ulp over the floats", "
     worst_gradient = std::max(worst_gradient, ulps(found_gradient[index], sign * expected_gradient));
   }
   CHECK(worst <= 2);
-  CHECK(worst_gradient <= 2);
+  CHECK(worst_gradient <= 4);
 }
 
 TEST_CASE("KL of a saturated bit is log 2 and has no gradient", "[kl][gradient]") {
@@ -226,13 +228,13 @@ TEST_CASE("Every layout of the latent logits gives the numbers of contiguous one
       const Tensor each = compute_kl_divergence(strided, options);
       const Tensor expected = compute_kl_divergence(contiguous, options);
       CHECK(each.sizes() == view.sizes().slice(0, static_cast<size_t>(view.dim() - 1)));
-      CHECK(difference(each, expected, 2 * steps * epsilon(torch::kDouble) + epsilon(arithmetic(type)) / 2, 0.75) == "");
+      CHECK(difference(each, expected, 2 * steps * epsilon(arithmetic(type)), 0.75, /*roundings=*/2) == "");
       const Tensor upstream = eighths(each.sizes(), arithmetic(type));
       const Tensor found = gradient(each, strided, upstream);
       CHECK(found.sizes() == view.sizes());
       // Both sides may be off, and be rounded to neighbours.
-      const double relative = 2 * steps * epsilon(torch::kDouble) + epsilon(type) / 2;
-      CHECK(difference(found, gradient(expected, contiguous, upstream), relative) == "");
+      const double relative = 2 * steps * epsilon(arithmetic(type));
+      CHECK(difference(found, gradient(expected, contiguous, upstream), relative, 0, /*roundings=*/2) == "");
     }
   }
 }

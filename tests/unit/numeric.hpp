@@ -65,9 +65,10 @@ inline std::vector<double> values(const Tensor& actual) {
   return {wide.data_ptr<double>(), wide.data_ptr<double>() + wide.numel()};
 }
 
-/// Empty if every |actual - expected| is at most `relative` (|expected| + also) and half a step of the type of `actual`;
-/// else the first element that is further off.
-inline std::string difference(const Tensor& actual, const std::vector<double>& expected, double relative, double also = 0) {
+/// Empty if every |actual - expected| is at most `relative` (|expected| + also) and half a step of the type of `actual` for
+/// each rounding to it (two if `expected` was rounded, too); else the first element that is further off.
+inline std::string difference(const Tensor& actual, const std::vector<double>& expected, double relative, double also = 0,
+                              int roundings = 1) {
   const auto found = values(actual);
   std::ostringstream text;
   text.precision(17);
@@ -76,7 +77,7 @@ inline std::string difference(const Tensor& actual, const std::vector<double>& e
     return text.str();
   }
   for (size_t index = 0; index < found.size(); ++index) {
-    const double tolerance = relative * (std::abs(expected[index]) + also) + half_step(expected[index], actual.scalar_type());
+    const double tolerance = relative * (std::abs(expected[index]) + also) + roundings * half_step(expected[index], actual.scalar_type());
     if (found[index] == expected[index] || std::abs(found[index] - expected[index]) <= tolerance) continue;
     text << found[index] << " at " << index << " where " << expected[index] << " is expected, " << tolerance << " at most off";
     return text.str();
@@ -84,14 +85,15 @@ inline std::string difference(const Tensor& actual, const std::vector<double>& e
   return {};
 }
 
-inline std::string difference(const Tensor& actual, const Tensor& expected, double relative, double also = 0) {
-  return difference(actual, values(expected), relative, also);
+inline std::string difference(const Tensor& actual, const Tensor& expected, double relative, double also = 0,
+                              int roundings = 1) {
+  return difference(actual, values(expected), relative, also, roundings);
 }
 
 inline bool same_bits(const Tensor& left, const Tensor& right) {
   const Tensor a = left.detach().contiguous(), b = right.detach().contiguous();
   return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
-         std::memcmp(a.data_ptr(), b.data_ptr(), a.nbytes()) == 0;
+         (a.numel() == 0 || std::memcmp(a.data_ptr(), b.data_ptr(), a.nbytes()) == 0);
 }
 
 inline Tensor gradient(const Tensor& loss, const Tensor& input, const Tensor& upstream = {}, bool create_graph = false) {

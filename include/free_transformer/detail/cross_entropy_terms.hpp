@@ -22,6 +22,14 @@ struct CrossEntropyTerms {
   bool has_probabilities() const { return targets.is_floating_point(); }
 };
 
+/// What a forward pass says of each position, [N] in the type of arithmetic; 0 where the position does not count.
+struct CrossEntropyRows {
+  at::Tensor nll;              ///< lse - x_y
+  at::Tensor likelihood_loss;  ///< the bracket: with class weights and label smoothing, without the token weight
+  at::Tensor log_sum_exp;      ///< lse
+  at::Tensor prediction;       ///< int64, the most likely class, the lowest on a tie; undefined if not asked for
+};
+
 /// The sums over positions that the loss and `LossMetrics` are made of.
 enum ReconstructionSum : int64_t {
   likelihood_loss_sum,    ///< sum of u [...]

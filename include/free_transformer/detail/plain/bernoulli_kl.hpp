@@ -11,9 +11,12 @@
 
 namespace free_transformer::detail::plain {
 
+/// -|x| with the derivative of one side at 0, where that of at::abs is 0: smooth functions made of it keep all of theirs.
+inline at::Tensor minus_abs(const at::Tensor& x) { return x * at::ones_like(x).masked_fill_(x >= 0, -1); }
+
 /// 1/(1 + exp(-x)), by at::exp: at::sigmoid rounds elements at the end of a thread's share in another way.
 inline at::Tensor logistic(const at::Tensor& x) {
-  const at::Tensor s = (-x.abs()).exp();
+  const at::Tensor s = minus_abs(x).exp();
   return at::where(x < 0, s, at::ones_like(s)) / (1 + s);
 }
 
@@ -30,21 +33,25 @@ inline at::Tensor bernoulli_kl_uniform(const at::Tensor& logits) {
 }
 
 /// KL(Bernoulli(sigmoid(l)) || Bernoulli(sigmoid(r))) = p (l-r) + softplus(r) - softplus(l), p = sigmoid(l). Both signs are
-/// flipped where l > 0, which leaves the KL as it is and p <= 1/2. Close to each other the softplus terms would cancel:
-/// there softplus(r) - softplus(l) = log1p(p expm1(r-l)).
+/// flipped where l > 0, which leaves the KL as it is and p <= 1/2. Near each other the softplus terms would cancel: there
+/// softplus(r) - softplus(l) = log1p(p expm1(r-l)). Closer still, that cancels p (l-r): there the series in r-l is taken, whose
+/// next term is below 1e-11 of it.
 inline at::Tensor bernoulli_kl_prior(const at::Tensor& logits, const at::Tensor& prior_logits) {
   const at::Tensor flip = at::ones_like(logits).masked_fill_(logits > 0, -1);
   const at::Tensor l = logits * flip, r = prior_logits * flip;
   const at::Tensor p = logistic(l);
   const at::Tensor difference = l - r;
   const at::Tensor near = p * difference + (p * (-difference).expm1()).log1p();
+  const at::Tensor variance = p * (1 - p);
+  const at::Tensor close = variance * difference.square() *
+                           (0.5 - difference * ((1 - 2 * p) / 6 - difference * ((1 - 6 * variance) / 24)));
   const auto product = [](const at::Tensor& factor, const at::Tensor& value) {
     return (factor * value).masked_fill_(factor == 0, 0);  // a sure bit does not see an infinite logit
   };
   const auto softplus = [](const at::Tensor& x) { return x.clamp_min(0) + (-x.abs()).exp().log1p(); };
   const at::Tensor cross = at::where(r > 0, (1 - p) * r + (-r).exp().log1p(), softplus(r) - product(p, r));
   const at::Tensor far = product(p, l) - softplus(l) + cross;
-  return at::where(difference.abs() < 1, near, far);
+  return at::where(difference.abs() < 1.0 / 2048, close, at::where(difference.abs() < 1, near, far));
 }
 
 inline at::Tensor bernoulli_kl(const at::Tensor& logits, const at::Tensor& prior_logits) {
@@ -53,7 +60,7 @@ inline at::Tensor bernoulli_kl(const at::Tensor& logits, const at::Tensor& prior
 
 /// d KL / d l = (l - r) sigmoid(l) sigmoid(-l), 0 at l = +-inf.
 inline at::Tensor bernoulli_kl_gradient(const at::Tensor& logits, const at::Tensor& prior_logits) {
-  const at::Tensor s = (-logits.abs()).exp();
+  const at::Tensor s = minus_abs(logits).exp();
   const at::Tensor variance = s / (1 + s).square();
   const at::Tensor difference = prior_logits.defined() ? logits - prior_logits : logits;
   return (difference * variance).masked_fill(variance == 0, 0);

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "free_transformer/detail/cross_entropy_terms.hpp"
+#include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 
 namespace free_transformer::detail::plain {
@@ -43,16 +44,21 @@ inline CrossEntropyPositions cross_entropy_positions(const CrossEntropyTerms& te
   return positions;
 }
 
-/// What a row of logits is reduced to, [N] each, in the type of arithmetic; 0 where the position does not count.
-/// The largest logit is the pivot: with sums that leave it out, a confident model keeps its relative accuracy.
-struct CrossEntropyRows {
-  at::Tensor pivot;            ///< class of the largest logit, the lowest on a tie
-  at::Tensor maximum;          ///< the largest logit
-  at::Tensor others;           ///< sum of exp(x_j - maximum) over j != pivot
-  at::Tensor nll;              ///< lse - x_y
-  at::Tensor likelihood_loss;  ///< with class weights and label smoothing, without the token weight
+/// What the losses of all positions are multiplied by on their way to the final value: 0-dim, in the widest type.
+struct LossScales {
+  at::Tensor likelihood, z;
+};
 
-  at::Tensor log_sum_exp() const { return maximum + others.log1p(); }
+inline LossScales loss_scales(const CrossEntropyPositions& positions, const Normalization& normalization) {
+  const at::Tensor& u = positions.token_weight;
+  const at::Tensor sums = ordered_sum(at::stack({u * positions.target_weight, u}).to(widest_type(u.device())));
+  return {loss_scale(normalization, sums[0]), loss_scale(normalization, sums[1])};
+}
+
+/// With the largest logit as the pivot: sums that leave it out keep the relative accuracy of a confident model.
+struct PivotedRows : CrossEntropyRows {
+  at::Tensor maximum;  ///< [N], the largest logit; `prediction` is its class
+  at::Tensor others;   ///< [N], sum of exp(x_j - maximum) over the other classes
 };
 
 /// The logits of a block in the type of arithmetic, capped.
@@ -83,14 +89,13 @@ inline at::Tensor weighted_surprise(const at::Tensor& weight, const at::Tensor& 
   return sum_of_rows((weight * surprise).masked_fill_(weight == 0, 0));
 }
 
-inline CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropyTerms& terms,
+inline PivotedRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropyTerms& terms,
                                            const CrossEntropyPositions& positions) {
   const auto type = arithmetic_type(logits.scalar_type());
   const int64_t classes = logits.size(-1);
   const auto options = logits.options().dtype(type);
-  const at::Tensor empty = at::empty({terms.targets.size(0)}, options);
-  CrossEntropyRows rows{at::empty(empty.sizes(), options.dtype(at::kLong)), empty, at::empty_like(empty),
-                        at::empty_like(empty), at::empty_like(empty)};
+  const auto empty = [&](at::ScalarType of_type) { return at::empty({terms.targets.size(0)}, options.dtype(of_type)); };
+  PivotedRows rows{{empty(type), empty(type), empty(type), empty(at::kLong)}, empty(type), empty(type)};
   for_each_row_block(logits, 0, [&](const at::Tensor& block, int64_t first) {
     const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
     const at::Tensor x = arithmetic_logits(block, terms.softcap);
@@ -117,14 +122,16 @@ inline CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const Cross
                            (terms.label_smoothing / static_cast<double>(classes));
       }
     }
-    part(rows.pivot).copy_(pivot.squeeze(1));
+    part(rows.prediction).copy_(pivot.squeeze(1));
     part(rows.maximum).copy_(maximum.squeeze(1));
+    part(rows.log_sum_exp).copy_(maximum.squeeze(1) + log_sum);
     part(rows.others).copy_(others);
     part(rows.nll).copy_(nll);
     part(rows.likelihood_loss).copy_(likelihood_loss);
   });
   const at::Tensor left_out = ~positions.counted;
-  for (at::Tensor* values : {&rows.maximum, &rows.others, &rows.nll, &rows.likelihood_loss}) {
+  for (at::Tensor* values : {&rows.nll, &rows.likelihood_loss, &rows.log_sum_exp, &rows.prediction, &rows.maximum,
+                             &rows.others}) {
     values->masked_fill_(left_out, 0);
   }
   return rows;
@@ -134,6 +141,8 @@ inline CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const Cross
 struct CrossEntropyLosses {
   at::Tensor likelihood;
   at::Tensor z;  ///< undefined without z-loss
+
+  at::Tensor sum() const { return z.defined() ? likelihood + z : likelihood; }
 };
 
 inline CrossEntropyLosses cross_entropy_losses(const CrossEntropyRows& rows, const CrossEntropyTerms& terms,
@@ -142,8 +151,15 @@ inline CrossEntropyLosses cross_entropy_losses(const CrossEntropyRows& rows, con
     return (positions.token_weight * values).masked_fill_(~positions.counted, 0);
   };
   CrossEntropyLosses losses{weighted(rows.likelihood_loss), {}};
-  if (terms.z_loss > 0) losses.z = weighted(rows.log_sum_exp().square_()) * terms.z_loss;
+  if (terms.z_loss > 0) losses.z = weighted(rows.log_sum_exp.square()) * terms.z_loss;
   return losses;
+}
+
+/// True where the most likely class is the target, or the most likely class of the target's probabilities.
+inline at::Tensor hits(const CrossEntropyRows& rows, const CrossEntropyTerms& terms,
+                       const CrossEntropyPositions& positions) {
+  const at::Tensor wanted = terms.has_probabilities() ? terms.targets.argmax(-1) : positions.class_index;
+  return (rows.prediction == wanted) & positions.counted;
 }
 
 /// The sums of `ReconstructionSum`, in its order; hits are counted only if asked for, as probabilities make them costly.
@@ -152,21 +168,22 @@ inline at::Tensor reconstruction_sums(const CrossEntropyRows& rows, const CrossE
                                       bool count_hits) {
   const at::Tensor& u = positions.token_weight;
   const at::Tensor none = at::zeros_like(u);
-  at::Tensor hits = none;
-  if (count_hits) {
-    const at::Tensor wanted = terms.has_probabilities() ? terms.targets.argmax(-1) : positions.class_index;
-    hits = u * (rows.pivot == wanted);
-  }
   const at::Tensor nll = (u * rows.nll).masked_fill_(~positions.counted, 0);
   return ordered_sum(at::stack({losses.likelihood, u * positions.target_weight, losses.z.defined() ? losses.z : none, u,
-                                nll, hits})
+                                nll, count_hits ? u * hits(rows, terms, positions) : none})
                          .to(widest_type(u.device())));
+}
+
+/// The loss from its sums: the likelihood part and the z-loss have divisors of their own.
+inline at::Tensor reduced_loss(const at::Tensor& sums, const Normalization& normalization) {
+  return sums[likelihood_loss_sum] * loss_scale(normalization, sums[likelihood_weight_sum]) +
+         sums[z_loss_sum] * loss_scale(normalization, sums[token_weight_sum]);
 }
 
 /// Gradient to the logits, of their shape and type. likelihood_scale and z_scale are what each part of a position's loss is
 /// multiplied by on its way to the final value: [N] or 0-dim, in the type of arithmetic.
 inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEntropyTerms& terms,
-                                         const CrossEntropyPositions& positions, const CrossEntropyRows& rows,
+                                         const CrossEntropyPositions& positions, const PivotedRows& rows,
                                          const at::Tensor& likelihood_scale, const at::Tensor& z_scale) {
   const auto type = arithmetic_type(logits.scalar_type());
   const int64_t classes = logits.size(-1);
@@ -176,14 +193,14 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEn
 
   const at::Tensor likelihood = positions.token_weight * likelihood_scale;
   const at::Tensor at_target = likelihood * positions.target_weight * (1 - terms.label_smoothing);
-  const at::Tensor of_z = positions.token_weight * z_scale * rows.log_sum_exp() * (2 * terms.z_loss);
+  const at::Tensor of_z = positions.token_weight * z_scale * rows.log_sum_exp * (2 * terms.z_loss);
   const at::Tensor spread = likelihood * (terms.label_smoothing / static_cast<double>(classes));
   at::Tensor left_out = ~positions.counted;
   if (terms.z_loss == 0 && terms.label_smoothing == 0) left_out = left_out | (positions.target_weight == 0);
 
   for_each_row_block(logits, 0, [&](const at::Tensor& block, int64_t first) {
     const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
-    const at::Tensor pivot = column(part(rows.pivot));
+    const at::Tensor pivot = column(part(rows.prediction));
     const at::Tensor others = part(rows.others);
     const at::Tensor x = arithmetic_logits(block, terms.softcap);
     at::Tensor target = part(gradient_rows);  // written directly where no rounding is due: no memory beside the gradient
@@ -201,7 +218,7 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEn
     } else {
       const at::Tensor class_index = part(positions.class_index);
       const at::Tensor target_part = part(at_target);
-      const at::Tensor hit = class_index == part(rows.pivot);
+      const at::Tensor hit = class_index == part(rows.prediction);
       rest = part(of_z) + target_part.masked_fill(hit, 0);
       at_pivot = target_part.masked_fill(hit.logical_not(), 0);
       total = part(of_z) + target_part;
@@ -209,7 +226,7 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEn
         const at::Tensor weight =
             terms.class_weight.defined() ? terms.class_weight : at::ones({classes}, x.options());
         const at::Tensor weight_sum = ordered_sum(weight);
-        const at::Tensor weight_of_pivot = weight.index_select(0, part(rows.pivot));
+        const at::Tensor weight_of_pivot = weight.index_select(0, part(rows.prediction));
         rest = rest + part(spread) * (weight_sum - weight_of_pivot);
         at_pivot = at_pivot + part(spread) * weight_of_pivot;
         total = total + part(spread) * weight_sum;

@@ -19,6 +19,11 @@ inline at::ScalarType widest_type(const at::Device& device) { return device.is_m
 /// Elements of one block: small enough for a core's cache on the CPU, large enough to fill any other device.
 inline int64_t block_elements(const at::Device& device) { return int64_t{1} << (device.is_cpu() ? 18 : 26); }
 
+/// The shape of logits without their last dimension.
+inline at::IntArrayRef shape_of_positions(const at::Tensor& logits) {
+  return logits.sizes().slice(0, static_cast<size_t>(logits.dim() - 1));
+}
+
 /// True if `view({-1, last size})` needs no copy.
 inline bool rows_are_viewable(const at::Tensor& tensor) {
   bool is_outer = false;

@@ -1,0 +1,87 @@
+/// Cross entropy whose gradient is written over the logits, and what keeps a wrong use from being a wrong number.
+///
+/// Autograd sees the logits as changed in place by this node: an operation that has saved them before refuses its backward,
+/// and whoever reads them afterwards gets this node for their history, which refuses a gradient for them.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "free_transformer/detail/autograd/cross_entropy.hpp"
+
+namespace free_transformer::detail {
+
+struct InplaceState : torch::CustomClassHolder {
+  at::Tensor gradient;  ///< the memory of the logits, until backward hands it out
+  int64_t version = 0;  ///< of that memory, when the gradient was finished
+};
+
+inline void check_may_be_overwritten(const char* function, const at::Tensor& logits) {
+  const bool is_leaf = logits.is_leaf() || (logits.is_view() && logits._base().is_leaf() && logits._base().requires_grad());
+  TORCH_CHECK(!is_leaf, function, ": logits must not be a leaf that requires grad, or a view of one, with inplace: its value ",
+              "would be lost");
+  for (int64_t dim = 0; dim < logits.dim(); ++dim) {
+    TORCH_CHECK(logits.stride(dim) != 0 || logits.size(dim) <= 1, function,
+                ": logits must not be expanded with inplace, got strides ", logits.strides());
+  }
+}
+
+/// The node of the loss, on top of the history that the logits have had so far. Its value is filled in later.
+struct InplaceCrossEntropyFunction : torch::autograd::Function<InplaceCrossEntropyFunction> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& logits,
+                            const c10::intrusive_ptr<InplaceState>& state) {
+    context->saved_data["state"] = c10::IValue::make_capsule(state);
+    return at::empty({}, logits.options().dtype(arithmetic_type(logits.scalar_type())));
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& upstream) {
+    constexpr const char* function = "compute_reconstruction_loss";
+    const auto capsule = context->saved_data["state"].toCapsule();
+    auto& state = static_cast<InplaceState&>(*capsule);
+    TORCH_CHECK(!at::GradMode::is_enabled(), function, ": inplace must be false for a double backward (create_graph)");
+    TORCH_CHECK(state.gradient.defined(), function, ": inplace must be false for a second backward");
+    TORCH_CHECK(static_cast<int64_t>(state.gradient._version()) == state.version, function,
+                ": logits were changed after inplace had overwritten them with their gradient");
+    const at::Tensor gradient = std::exchange(state.gradient, at::Tensor());
+    return {host_value(upstream[0]) == 1 ? gradient : gradient.mul_(upstream[0]), {}};
+  }
+};
+
+/// The history of the logits from now on.
+struct OverwrittenFunction : torch::autograd::Function<OverwrittenFunction> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& logits) {
+    context->mark_dirty({logits});
+    return logits;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
+    TORCH_CHECK(false, "compute_reconstruction_loss: logits were read after inplace had overwritten them with their gradient");
+  }
+};
+
+/// Dense logits: over the logits if that is asked for and possible, else into fresh memory.
+inline CrossEntropyResult cross_entropy(const char* function, const at::Tensor& logits, const CrossEntropyTerms& terms,
+                                        const Normalization& normalization, bool count_hits, bool inplace) {
+  const bool overwrites = inplace && at::GradMode::is_enabled() && logits.requires_grad() &&
+                          normalization.reduction != ReductionKind::none && kernels::takes_cross_entropy(logits, terms);
+  if (!overwrites) return cross_entropy(logits, terms, normalization, count_hits);
+  check_may_be_overwritten(function, logits);
+  const auto state = c10::make_intrusive<InplaceState>();
+  const at::Tensor loss = InplaceCrossEntropyFunction::apply(logits, state);
+  OverwrittenFunction::apply(logits);  // before the first write: autograd may refuse
+  const at::NoGradGuard no_grad;
+  state->gradient = logits.detach();
+  state->version = static_cast<int64_t>(logits._version());
+  CrossEntropyState of_loss;
+  of_loss.terms = terms;
+  auto result = kernel_cross_entropy_forward(state->gradient, normalization, count_hits, state->gradient, of_loss);
+  loss.detach().copy_(result.loss);
+  return {loss, result.sums};
+}
+
+}  // namespace free_transformer::detail

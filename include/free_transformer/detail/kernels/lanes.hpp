@@ -1,0 +1,155 @@
+/// Vectors of numbers on GCC's and Clang's vector types: loads and stores of each element type, tails, sums and maxima.
+///
+/// Everything is inlined into an entry function that carries the instruction set (`__attribute__((target(...)))`), so that no
+/// copy compiled for a richer set can be linked in for a poorer processor. Vectors travel inside a struct: passed bare they
+/// would warn of an ABI that depends on the instruction set.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+namespace free_transformer::detail::kernels {
+
+template <typename Real, int lanes>
+struct Lanes {
+  using Integer = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
+  typedef Real Values __attribute__((vector_size(sizeof(Real) * lanes)));
+  typedef Integer Integers __attribute__((vector_size(sizeof(Real) * lanes)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * lanes)));
+  Values values;
+};
+
+/// All lanes the same number.
+template <typename Real, int lanes>
+[[gnu::always_inline]] inline Lanes<Real, lanes> broadcast(Real value) {
+  return {typename Lanes<Real, lanes>::Values{} + value};
+}
+
+/// float32 and float64 are loaded as they are; half types become float32.
+template <int lanes, typename Real>
+[[gnu::always_inline]] inline void load(const Real* source, Lanes<Real, lanes>& result) {
+  std::memcpy(&result.values, source, sizeof(result.values));
+}
+
+template <int lanes>
+[[gnu::always_inline]] inline void load(const c10::BFloat16* source, Lanes<float, lanes>& result) {
+  using Type = Lanes<float, lanes>;
+  typename Type::Halves halves;
+  std::memcpy(&halves, source, sizeof(halves));
+  const typename Type::Integers bits = __builtin_convertvector(halves, typename Type::Integers) << 16;
+  std::memcpy(&result.values, &bits, sizeof(bits));
+}
+
+/// The exponent is moved from bias 15 to bias 127 by a product, which also makes subnormal numbers normal.
+template <int lanes>
+[[gnu::always_inline]] inline void load(const c10::Half* source, Lanes<float, lanes>& result) {
+  using Type = Lanes<float, lanes>;
+  using Integers = typename Type::Integers;
+  typename Type::Halves halves;
+  std::memcpy(&halves, source, sizeof(halves));
+  const Integers bits = __builtin_convertvector(halves, Integers);
+  const Integers magnitude = (bits & 0x7fff) << 13;
+  typename Type::Values scaled;
+  std::memcpy(&scaled, &magnitude, sizeof(scaled));
+  scaled *= 0x1p112f;
+  Integers converted;
+  std::memcpy(&converted, &scaled, sizeof(converted));
+  const Integers not_finite = (bits & 0x7fff) >= 0x7c00;
+  converted |= (not_finite & 0x7f800000) | ((bits & 0x8000) << 16);
+  std::memcpy(&result.values, &converted, sizeof(converted));
+}
+
+template <int lanes, typename Real>
+[[gnu::always_inline]] inline void store(const Lanes<Real, lanes>& values, Real* target) {
+  std::memcpy(target, &values.values, sizeof(values.values));
+}
+
+/// Rounds to nearest, ties to even; a NaN stays one.
+template <int lanes>
+[[gnu::always_inline]] inline void store(const Lanes<float, lanes>& values, c10::BFloat16* target) {
+  using Type = Lanes<float, lanes>;
+  using Integers = typename Type::Integers;
+  Integers bits;
+  std::memcpy(&bits, &values.values, sizeof(bits));
+  const Integers rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const Integers is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  const Integers result = ((is_nan & 0x7fc00000) | (~is_nan & rounded)) >> 16;
+  const typename Type::Halves halves = __builtin_convertvector(result, typename Type::Halves);
+  std::memcpy(target, &halves, sizeof(halves));
+}
+
+/// Rounds to nearest, ties to even; too large becomes infinite, a NaN stays one.
+template <int lanes>
+[[gnu::always_inline]] inline void store(const Lanes<float, lanes>& values, c10::Half* target) {
+  using Type = Lanes<float, lanes>;
+  using Integers = typename Type::Integers;
+  Integers bits;
+  std::memcpy(&bits, &values.values, sizeof(bits));
+  const Integers magnitude = bits & 0x7fffffff;
+  // Subnormal: adding 1/2 puts the last bit of a half at the last bit of the sum, and the processor rounds there.
+  typename Type::Values small;
+  std::memcpy(&small, &magnitude, sizeof(small));
+  small += 0.5f;
+  Integers small_bits;
+  std::memcpy(&small_bits, &small, sizeof(small_bits));
+  const Integers subnormal = small_bits - 0x3f000000;
+  const Integers normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const Integers is_small = magnitude < 0x38800000;
+  const Integers is_large = magnitude >= 0x477ff000;
+  const Integers is_nan = magnitude > 0x7f800000;
+  Integers result = (is_small & subnormal) | (~is_small & normal);
+  result = (is_large & 0x7c00) | (~is_large & result) | (is_nan & 0x200) | ((bits >> 16) & 0x8000);
+  const typename Type::Halves halves = __builtin_convertvector(result & 0xffff, typename Type::Halves);
+  std::memcpy(target, &halves, sizeof(halves));
+}
+
+/// The first `count` elements, and `filler` in the other lanes: nothing behind the end of a row is read.
+template <int lanes, typename Element, typename Real>
+[[gnu::always_inline]] inline void load_part(const Element* source, int64_t count, Element filler,
+                                             Lanes<Real, lanes>& result) {
+  Element part[lanes];
+  for (int lane = 0; lane < lanes; ++lane) part[lane] = filler;
+  std::memcpy(part, source, sizeof(Element) * static_cast<size_t>(count));
+  load<lanes>(part, result);
+}
+
+template <int lanes, typename Element, typename Real>
+[[gnu::always_inline]] inline void store_part(const Lanes<Real, lanes>& values, int64_t count, Element* target) {
+  Element part[lanes];
+  store<lanes>(values, part);
+  std::memcpy(target, part, sizeof(Element) * static_cast<size_t>(count));
+}
+
+/// The larger of each lane; a NaN in `values` is passed over.
+template <typename Real, int lanes>
+[[gnu::always_inline]] inline void take_larger(Lanes<Real, lanes>& largest, const Lanes<Real, lanes>& values) {
+  largest.values = values.values > largest.values ? values.values : largest.values;
+}
+
+template <typename Real, int lanes>
+[[gnu::always_inline]] inline Real largest_lane(const Lanes<Real, lanes>& values) {
+  Real part[lanes];
+  std::memcpy(part, &values.values, sizeof(part));
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) part[lane] = part[lane + width] > part[lane] ? part[lane + width] : part[lane];
+  }
+  return part[0];
+}
+
+/// Pairwise sum of the lanes.
+template <typename Real, int lanes>
+[[gnu::always_inline]] inline Real sum_of_lanes(const Lanes<Real, lanes>& values) {
+  Real part[lanes];
+  std::memcpy(part, &values.values, sizeof(part));
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
+  }
+  return part[0];
+}
+
+}  // namespace free_transformer::detail::kernels

@@ -1,0 +1,90 @@
+/// The free-bits KL by the vector kernels, from tensors to tensors.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "free_transformer/detail/kernels/large_pages.hpp"
+#include "free_transformer/detail/kernels/latent_kl.hpp"
+#include "free_transformer/detail/kernels/pairwise_sum.hpp"
+#include "free_transformer/detail/kernels/row_offsets.hpp"
+#include "free_transformer/detail/latent_terms.hpp"
+#include "free_transformer/detail/normalization.hpp"
+
+namespace free_transformer::detail::kernels {
+
+/// The kernel's hinge of a free-bits policy; none for a policy that the kernels do not know.
+template <typename FreeBits>
+inline constexpr std::optional<Hinge> hinge_of = std::nullopt;
+
+/// True if the kernels can take these logits; the others go the way of LibTorch operations.
+inline bool takes_latent_kl(const at::Tensor& z_logits, const at::Tensor& prior_logits) {
+  return compiler_has_vector_types && z_logits.device().is_cpu() && z_logits.scalar_type() != at::kDouble && !prior_logits.defined() &&
+         (z_logits.stride(-1) == 1 || z_logits.size(-1) == 1);
+}
+
+struct LatentRows {
+  at::Tensor sums;      ///< see `LatentSum`
+  at::Tensor penalty;   ///< [N] float32, weighted, or undefined
+  at::Tensor gradient;  ///< of the shape and type of z_logits, or undefined
+  double scale = 1;     ///< what every penalty is multiplied by on its way to the loss
+};
+
+/// Mean over the batch of a position's KL, from its sums.
+inline double mean_kl(const LatentRows& rows) {
+  const double* sums = rows.sums.data_ptr<double>();
+  double kl = 0;
+  for (int64_t bit = latent_sum_count; bit < rows.sums.numel(); ++bit) kl += sums[bit];
+  return kl / sums[latent_weight_sum];
+}
+
+/// The hinge of the batch's mean is known last: below it nothing counts.
+inline void close_if_below_budget(double free_bits, LatentRows& rows) {
+  if (!(mean_kl(rows) < free_bits)) return;
+  rows.sums.data_ptr<double>()[penalty_sum] = 0;
+  if (rows.penalty.defined()) rows.penalty.zero_();
+  if (rows.gradient.defined()) rows.gradient.zero_();
+}
+
+/// All positions. upstream is [N] float64 and multiplies the scale, or undefined.
+inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const LatentTerms& terms,
+                              const Normalization& normalization, const at::Tensor& upstream, bool wants_penalty,
+                              bool wants_gradient) {
+  const int64_t bits = z_logits.size(-1), rows = z_logits.numel() / bits;
+  const double* weights = terms.token_weight.defined() ? terms.token_weight.data_ptr<double>() : nullptr;
+  const double weight_sum =
+      weights ? pairwise_sum(0, rows, [&](int64_t row) { return weights[row]; }) : static_cast<double>(rows);
+  LatentRows result;
+  result.sums = at::zeros({latent_sum_count + bits}, z_logits.options().dtype(at::kDouble));
+  if (wants_penalty) result.penalty = at::empty({rows}, z_logits.options().dtype(at::kFloat));
+  if (wants_gradient) result.gradient = empty_on_large_pages(z_logits);
+  result.scale = loss_scale(normalization, weight_sum);
+  const auto run = [&](auto element) {
+    using Element = decltype(element);
+    const RowOffsets z_rows(z_logits);
+    LatentJob<Element> job{};
+    job.z_logits = z_logits.data_ptr<Element>();
+    job.z_rows = &z_rows;
+    job.bits = bits;
+    job.free_bits = terms.free_bits;
+    job.token_weight = weights;
+    job.gradient = wants_gradient ? result.gradient.data_ptr<Element>() : nullptr;
+    job.upstream = upstream.defined() ? upstream.data_ptr<double>() : nullptr;
+    job.scale = result.scale;
+    job.penalty = wants_penalty ? result.penalty.data_ptr<float>() : nullptr;
+    latent_kl<Element>(hinge, job, rows, result.sums.data_ptr<double>());
+  };
+  switch (z_logits.scalar_type()) {
+    case at::kHalf: run(c10::Half{}); break;
+    case at::kBFloat16: run(c10::BFloat16{}); break;
+    default: run(float{});
+  }
+  if (hinge == Hinge::batch_mean) close_if_below_budget(terms.free_bits, result);
+  return result;
+}
+
+}  // namespace free_transformer::detail::kernels

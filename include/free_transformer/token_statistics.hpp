@@ -1,0 +1,51 @@
+/// What the model said of each token: for evaluation, sampling weights, distillation and error analysis.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "free_transformer/detail/autograd/cross_entropy.hpp"
+#include "free_transformer/reconstruction_loss.hpp"
+
+namespace free_transformer {
+
+/// Each of the shape of the positions, and 0 or false where a position does not count.
+struct TokenStatistics {
+  torch::Tensor loss;                    ///< what `torch::kNone` returns, all options applied; nats
+  torch::Tensor log_sum_exp;             ///< log sum_j exp(x_j) of the capped logits
+  torch::Tensor target_log_probability;  ///< log p_y, nats, without weights and smoothing; sum_c q_c log p_c for probabilities
+  torch::Tensor prediction;              ///< int64, the most likely class, the lowest on a tie
+  torch::Tensor hit;                     ///< bool, the prediction is the target (or the most likely class of q)
+};
+
+namespace detail {
+
+inline TokenStatistics shaped_statistics(const CrossEntropyValues& values, at::IntArrayRef positions) {
+  return {values.loss.reshape(positions), values.log_sum_exp.reshape(positions), values.nll.neg().reshape(positions),
+          values.prediction.reshape(positions), values.hit.reshape(positions)};
+}
+
+}  // namespace detail
+
+/// Statistics of dense logits; a source of logits of your own gets an overload of this function beside its `reconstruct`.
+inline TokenStatistics token_statistics(const torch::Tensor& logits, const torch::Tensor& targets,
+                                        const ReconstructionLossOptions& options) {
+  constexpr const char* function = "compute_token_statistics";
+  detail::check_logits(function, "logits", logits);
+  const auto positions = detail::shape_of_positions(logits);
+  const auto terms = detail::checked_terms(function, targets, options, positions, logits.size(-1), logits.device(),
+                                           logits.scalar_type());
+  return detail::shaped_statistics(detail::cross_entropy_values(logits, terms), positions);
+}
+
+/// The loss, log-sum-exp, log-probability, prediction and hit of every token from one forward pass, without a graph.
+/// logits, targets, options  as in `compute_reconstruction_loss`; reduction and normalizer do not matter here
+/// Returns                   `TokenStatistics`; float32, or float64 for float64
+/// Throws                    c10::Error as `compute_reconstruction_loss` does
+template <typename Logits>
+TokenStatistics compute_token_statistics(const Logits& logits, const torch::Tensor& targets,
+                                         const ReconstructionLossOptions& options = {}) {
+  const at::NoGradGuard no_grad;
+  return token_statistics(logits, targets, options);
+}
+
+}  // namespace free_transformer

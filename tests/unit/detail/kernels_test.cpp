@@ -1,0 +1,320 @@
+#include "free_transformer/losses.hpp"
+
+#include "../numeric.hpp"
+
+namespace {
+
+using namespace free_transformer;
+using namespace numeric;
+namespace losses = free_transformer::detail;
+namespace kernels = free_transformer::detail::kernels;
+namespace plain = free_transformer::detail::plain;
+using kernels::InstructionSet;
+
+/// Forces an instruction set for as long as it lives.
+struct Forced {
+  explicit Forced(InstructionSet set) : before(kernels::instruction_set().exchange(set)) {}
+  ~Forced() { kernels::instruction_set() = before; }
+  InstructionSet before;
+};
+
+/// All that this machine has, the baseline first.
+std::vector<InstructionSet> available() {
+  std::vector<InstructionSet> sets;
+  for (const auto set : {InstructionSet::baseline, InstructionSet::avx2, InstructionSet::avx512}) {
+    if (set <= kernels::best_instruction_set()) sets.push_back(set);
+  }
+  return sets;
+}
+
+struct Job {
+  Tensor logits, targets, token_weight, class_weight;
+  double label_smoothing = 0, z_loss = 0, softcap = 0;
+
+  losses::CrossEntropyTerms terms(torch::ScalarType type) const {
+    const auto as = [&](const Tensor& tensor) { return tensor.defined() ? tensor.to(type) : tensor; };
+    losses::CrossEntropyTerms result;
+    result.targets = targets;
+    result.token_weight = as(token_weight);
+    result.class_weight = as(class_weight);
+    result.label_smoothing = label_smoothing;
+    result.z_loss = z_loss;
+    result.softcap = softcap;
+    return result;
+  }
+};
+
+struct Outcome {
+  Tensor loss, gradient;
+};
+
+/// Loss of each position and gradient of their mean, by the kernels; `gradient` is where the kernel is to write.
+Outcome by_kernel(const Job& job, const Tensor& gradient) {
+  const auto terms = job.terms(arithmetic(job.logits.scalar_type()));
+  REQUIRE(kernels::takes_cross_entropy(job.logits, terms));
+  const auto scales = kernels::cross_entropy_scales(terms, losses::Normalization{}, arithmetic(job.logits.scalar_type()));
+  const auto rows = kernels::cross_entropy_rows(job.logits, terms, scales, gradient, {}, /*predict=*/false);
+  return {kernels::cross_entropy_losses(rows, terms), gradient};
+}
+
+/// The same in LibTorch operations in float64 on the same numbers.
+Outcome by_operations(const Job& job) {
+  const Tensor logits = job.logits.to(torch::kDouble);
+  const auto terms = job.terms(torch::kDouble);
+  const auto positions = plain::cross_entropy_positions(terms, logits.size(-1), torch::kDouble);
+  const auto rows = plain::cross_entropy_rows(logits, terms, positions);
+  const auto losses = plain::cross_entropy_losses(rows, terms, positions);
+  const Tensor weight = positions.token_weight * positions.target_weight;
+  const Tensor scale = weight.sum().reciprocal(), z_scale = positions.token_weight.sum().reciprocal();
+  return {losses.z.defined() ? losses.likelihood + losses.z : losses.likelihood,
+          plain::cross_entropy_gradient(logits, terms, positions, rows, scale, z_scale)};
+}
+
+/// A float32 row: 1.2 for exp, 4 for at most 16 additions in each of 4 x lanes sums and their tree, 1 for the largest of the
+/// two parts of a loss; a gradient has 1 more for its factor and product. Sums of terms of both signs (smoothing, z-loss) are
+/// measured by the size of their parts, hence `also`.
+constexpr double steps = 10;
+
+void check_against_operations(const Job& job, double also) {
+  const auto type = job.logits.scalar_type();
+  const auto expected = by_operations(job);
+  const auto found = by_kernel(job, torch::empty_like(job.logits));
+  const double relative = steps * epsilon(arithmetic(type));
+  CHECK(difference(found.loss, expected.loss, relative, also) == "");
+  CHECK(difference(found.gradient, expected.gradient, relative, also / static_cast<double>(job.targets.numel())) == "");
+}
+
+Tensor some_targets(int64_t rows, int64_t classes) { return torch::arange(rows) * 7919 % classes; }
+
+}  // namespace
+
+TEST_CASE("Every instruction set agrees with LibTorch's operations for every number of columns", "[kernels]") {
+  for (const auto set : available()) {
+    const Forced forced(set);
+    for (const auto type : all_types) {
+      // 1 to 2N + 1 around every vector width N up to 16 lanes, 4N in flight, blocks of 512
+      std::vector<int64_t> columns{63, 64, 65, 127, 128, 129, 511, 512, 513, 1000, 2049};
+      for (int64_t count = 1; count <= 33; ++count) columns.push_back(count);
+      for (const int64_t count : columns) {
+        INFO("set " << static_cast<int>(set) << ", " << type << ", " << count << " columns");
+        Job job{eighths({5, count}, type), some_targets(5, count), {}, {}};
+        job.targets[3] = -100;
+        check_against_operations(job, 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("Every instruction set computes every option", "[kernels]") {
+  const Tensor token_weight = tensor(std::vector<double>{1, 0.5, 0, 2, 0.25, 1, 3}, {7});
+  for (const auto set : available()) {
+    const Forced forced(set);
+    for (const auto type : all_types) {
+      for (const int64_t classes : {1, 5, 16, 37, 600}) {
+        for (int choice = 0; choice < 32; ++choice) {
+          INFO("set " << static_cast<int>(set) << ", " << type << ", " << classes << " classes, options " << choice);
+          Job job{eighths({7, classes}, type), some_targets(7, classes), {}, {}};
+          job.targets[5] = -100;
+          if (choice & 1) job.label_smoothing = 0.125;
+          if (choice & 2) job.z_loss = 0.25;
+          if (choice & 4) job.token_weight = token_weight;
+          if (choice & 8) job.class_weight = eighths({classes}).abs();
+          if (choice & 16 && type != torch::kDouble) job.softcap = 5;
+          check_against_operations(job, choice == 0 ? 0 : 20);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("A kernel reads and writes nothing beside its rows, wherever they start", "[kernels]") {
+  constexpr int64_t rows = 3, room = 80;
+  for (const auto set : available()) {
+    const Forced forced(set);
+    for (const auto type : all_types) {
+      for (int64_t start = 0; start < 17; ++start) {
+        for (const int64_t columns : {1, 7, 16, 31, 33, 61}) {
+          INFO("set " << static_cast<int>(set) << ", " << type << ", from " << start << ", " << columns << " columns");
+          const Tensor logits = torch::full({rows, room}, not_a_number, type), gradient = logits.clone();
+          const Tensor inside = logits.narrow(1, start, columns), gradient_inside = gradient.narrow(1, start, columns);
+          inside.copy_(eighths({rows, columns}, type));
+          const Job job{inside, some_targets(rows, columns), {}, {}};
+          const auto expected = by_operations(job);
+          const auto found = by_kernel(job, gradient_inside);
+          CHECK(difference(found.loss, expected.loss, steps * epsilon(arithmetic(type))) == "");
+          CHECK(difference(found.gradient, expected.gradient, steps * epsilon(arithmetic(type))) == "");
+          CHECK(gradient.isnan().sum().item<int64_t>() == rows * (room - columns));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("Sixteen lanes give what eight give, on processors without AVX-512, too", "[kernels]") {
+  const Tensor logits = eighths({4, 533}, torch::kFloat), targets = some_targets(4, 533);
+  const Tensor gradient = torch::empty_like(logits), results = torch::empty({3, 4});
+  const kernels::RowOffsets offsets(logits);
+  kernels::CrossEntropyJob<float> job{};
+  job.logits = logits.data_ptr<float>();
+  job.logit_rows = job.gradient_rows = &offsets;
+  job.columns = 533;
+  job.targets = targets.data_ptr<int64_t>();
+  job.ignore_index = -100;
+  job.class_weight_sum = 533;
+  job.gradient = gradient.data_ptr<float>();
+  job.likelihood_scale = 0.25;
+  job.nll = results.data_ptr<float>();
+  job.likelihood_loss = job.nll + 4;
+  job.log_sum_exp = job.nll + 8;
+  std::vector<float> scratch(2 * 533);
+  kernels::process_rows<16, float>(job, 0, 4, scratch.data());
+  const auto expected = by_operations({logits, targets, {}, {}});
+  CHECK(difference(results[1], expected.loss, steps * epsilon(torch::kFloat)) == "");
+  CHECK(difference(gradient, expected.gradient, steps * epsilon(torch::kFloat)) == "");
+}
+
+TEST_CASE("A kernel keeps special values as the equations have them", "[kernels]") {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  for (const auto set : available()) {
+    const Forced forced(set);
+    const auto loss_of = [](const std::vector<float>& row, int64_t target) {
+      const Tensor logits = leaf(torch::tensor(row).unsqueeze(0));
+      const Tensor loss = compute_reconstruction_loss(logits, torch::tensor({target}));
+      return std::make_pair(loss.item<float>(), gradient(loss, logits)[0]);
+    };
+    std::vector<float> row(40, 0.0f);
+    row[3] = -inf, row[37] = -inf;
+    auto [loss, of_logits] = loss_of(row, 5);
+    CHECK(std::abs(loss - std::log(38.0f)) <= 3e-7f);
+    CHECK(of_logits[3].item<float>() == 0);
+    CHECK(loss_of(row, 3).first == inf);
+    CHECK(loss_of(std::vector<float>(40, -inf), 0).first != 0);  // NaN: nothing is possible
+    row[17] = nan;
+    CHECK(std::isnan(loss_of(row, 5).first));
+    CHECK(std::isnan(loss_of(row, 17).first));
+    for (uint32_t payload : {0x7fc00001u, 0xffc00000u, 0x7f800001u, 0x7fffffffu}) {  // whatever kind of NaN it is
+      std::memcpy(&row[17], &payload, sizeof(payload));
+      CHECK(std::isnan(loss_of(row, 5).first));
+    }
+    std::vector<float> far(40, -200.0f);
+    far[8] = 0;
+    CHECK(loss_of(far, 8).first == 0);
+    CHECK(loss_of(far, 9).first == 200);
+  }
+}
+
+TEST_CASE("The most likely class is the lowest of those that tie", "[kernels][statistics]") {
+  for (const auto set : available()) {
+    const Forced forced(set);
+    Tensor logits = torch::zeros({1, 70});
+    logits[0][41] = logits[0][13] = logits[0][69] = 2;
+    const auto statistics = compute_token_statistics(logits, torch::tensor({int64_t{13}}));
+    CHECK(statistics.prediction.item<int64_t>() == 13);
+    CHECK(statistics.hit.item<bool>());
+    CHECK_FALSE(compute_token_statistics(logits, torch::tensor({int64_t{41}})).hit.item<bool>());
+  }
+}
+
+TEST_CASE("Half types are loaded exactly and stored to the nearest, as LibTorch rounds", "[kernels]") {
+  for (const auto type : {torch::kHalf, torch::kBFloat16}) {
+    const Tensor all = torch::arange(65536, torch::kInt).to(torch::kShort).view(type);
+    std::vector<float> widened(65536);
+    const Tensor expected = all.to(torch::kFloat);
+    const auto check = [&](auto element) {
+      using Element = decltype(element);
+      for (int64_t index = 0; index < 65536; index += 4) {
+        kernels::Lanes<float, 4> lanes;
+        kernels::load<4>(all.data_ptr<Element>() + index, lanes);
+        kernels::store<4>(lanes, widened.data() + index);
+      }
+      const Tensor found = torch::tensor(widened);
+      CHECK(torch::equal(found.nan_to_num(), expected.nan_to_num()));
+      CHECK(torch::equal(found.isnan(), expected.isnan()));
+      // halfway cases, overflow and subnormal results among them
+      const Tensor wide = torch::cat({expected, expected * 1.00048828125f, expected * 0.75f, expected * 1e-6f});
+      const Tensor rounded = wide.to(type);
+      std::vector<Element> narrow(4 * 65536);
+      for (int64_t index = 0; index < wide.numel(); index += 4) {
+        kernels::Lanes<float, 4> lanes;
+        kernels::load<4>(wide.data_ptr<float>() + index, lanes);
+        kernels::store<4>(lanes, narrow.data() + index);
+      }
+      const Tensor stored = torch::from_blob(narrow.data(), {wide.numel()}, type);
+      CHECK(torch::equal(stored.to(torch::kFloat).nan_to_num(), rounded.to(torch::kFloat).nan_to_num()));
+      CHECK(torch::equal(stored.isnan(), rounded.isnan()));
+    };
+    type == torch::kHalf ? check(c10::Half{}) : check(c10::BFloat16{});
+  }
+}
+
+TEST_CASE("The KL of a bit is within 2 ulp and its gradient within 4", "[kernels][kl]") {
+  // every 9973rd float from the smallest to the largest; tests/benchmark/every_float.cpp takes them all
+  std::vector<float> floats;
+  for (uint32_t bits = 1; bits < 0x7f800000; bits += 9973) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    floats.push_back(floats.size() % 2 ? value : -value);
+  }
+  const Tensor z = torch::tensor(floats).unsqueeze(1);
+  const Tensor wide = z.to(torch::kDouble);
+  const Tensor expected = plain::bernoulli_kl(wide, {}), slope = plain::bernoulli_kl_gradient(wide, {});
+  const auto ulp_off = [](const Tensor& found, const Tensor& exact) {
+    const Tensor step = (exact.abs().log2().floor() - 23).clamp_min(-149).exp2();
+    return ((found.to(torch::kDouble) - exact).abs() / step).max().item<double>();
+  };
+  for (const auto set : available()) {
+    const Forced forced(set);
+    const Tensor input = leaf(z);
+    const Tensor kl = compute_kl_divergence(input, KLDivergenceOptions().latent_dim(1).free_bits(0).reduction(torch::kNone));
+    CHECK(ulp_off(kl, expected.squeeze(1)) <= 2);
+    const Tensor moderate = wide.abs() < 80;  // beyond, the slope leaves the normal numbers
+    const Tensor found = gradient(kl.sum(), input).to(torch::kDouble);
+    CHECK(ulp_off(found.masked_select(moderate), slope.masked_select(moderate)) <= 4);
+  }
+}
+
+TEST_CASE("Every policy's kernel agrees with its operations for every number of bits", "[kernels][kl]") {
+  const auto check = [](auto policy, int64_t bits, torch::ScalarType type, double free_bits) {
+    using FreeBits = decltype(policy);
+    const Tensor z = eighths({9, bits}, type) / 4, wide = leaf(z.to(torch::kDouble)), narrow = leaf(z);
+    const Tensor weight = tensor(std::vector<double>{1, 0.5, 0, 2, 0.25, 1, 3, 1, 1}, {9});
+    const auto options = KLDivergenceOptions().latent_dim(bits).free_bits(free_bits).token_weight(weight);
+    const Tensor exact = compute_kl_divergence<FreeBits>(wide, options);  // float64 takes the operations
+    const Tensor found = compute_kl_divergence<FreeBits>(narrow, options);
+    const double also = free_bits * static_cast<double>(bits);  // what the hinge takes away
+    CHECK(difference(found, exact, steps * epsilon(torch::kFloat), also) == "");
+    CHECK(difference(gradient(found, narrow), gradient(exact, wide), steps * epsilon(torch::kFloat)) == "");
+  };
+  for (const auto set : available()) {
+    const Forced forced(set);
+    for (const auto type : {torch::kFloat, torch::kHalf, torch::kBFloat16}) {
+      for (int64_t bits = 1; bits <= 33; ++bits) {
+        for (const double free_bits : {0.0, 0.07, 3.0}) {
+          INFO("set " << static_cast<int>(set) << ", " << type << ", " << bits << " bits, budget " << free_bits);
+          check(PerPosition{}, bits, type, free_bits);
+          check(PerBit{}, bits, type, free_bits);
+          check(BatchMean{}, bits, type, free_bits);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("The kernels' bits do not depend on the number of threads", "[kernels][threads]") {
+  const Tensor targets = some_targets(500, 3001), z = eighths({70000, 16}, torch::kFloat) / 4;
+  for (const auto type : all_types) {
+    const Tensor logits = eighths({500, 3001}, type);
+    const auto run = [&](int threads) {
+      return with_threads(threads, [&] {
+        const Tensor x = leaf(logits), latent = leaf(z);
+        const auto [loss, metrics] = compute_vae_loss(x, targets, latent);
+        return std::vector<Tensor>{loss, gradient(loss, x), gradient(loss, latent), torch::tensor(metrics.at("bound/elbo"))};
+      });
+    };
+    const auto one = run(1);
+    for (const int threads : {2, 7}) {
+      const auto many = run(threads);
+      for (size_t index = 0; index < one.size(); ++index) CHECK(same_bits(one[index], many[index]));
+    }
+  }
+}
