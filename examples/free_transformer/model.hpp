@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include <free_transformer/linear_logits.hpp>
+
 #include "binary_mapper.hpp"
 #include "layers.hpp"
 
@@ -25,7 +27,7 @@ struct ModelOptions {
 };
 
 struct ModelOutput {
-  torch::Tensor logits;    // [batch, positions, vocabulary]
+  torch::Tensor hidden;    // [batch, positions, width], what the head makes logits of
   torch::Tensor z_logits;  // [batch, positions, latent_dim]
 };
 
@@ -56,6 +58,12 @@ class FreeTransformerImpl : public torch::nn::Module {
     return {write(x, mapper_(z_logits)), z_logits};
   }
 
+  /// Logits of the next token at each position, [batch, positions, vocabulary].
+  torch::Tensor logits(const torch::Tensor& hidden) { return head_(hidden); }
+
+  /// The same logits for the loss, which makes them some tokens at a time and never holds them all.
+  free_transformer::LinearLogits fused_logits(const torch::Tensor& hidden) const { return {hidden, head_->weight}; }
+
   /// Codes, int64 [batch, positions], sampled from the posterior: what a prompt is read with.
   torch::Tensor sample_posterior(const torch::Tensor& tokens) { return mapper_->sample_codes(infer(read(tokens))); }
 
@@ -66,7 +74,7 @@ class FreeTransformerImpl : public torch::nn::Module {
 
   /// Logits of the next token at each position when the codes are given.
   torch::Tensor predict(const torch::Tensor& tokens, const torch::Tensor& codes) {
-    return write(read(tokens), mapper_->one_hot(codes));
+    return logits(write(read(tokens), mapper_->one_hot(codes)));
   }
 
   const ModelOptions& options() const { return options_; }
@@ -95,7 +103,7 @@ class FreeTransformerImpl : public torch::nn::Module {
     for (size_t index = middle() + 1; index < blocks_.size(); ++index) {
       x = blocks_[index]->forward(x);
     }
-    return head_(norm_(x));
+    return norm_(x);
   }
 
   ModelOptions options_;

@@ -22,6 +22,8 @@ struct Settings {
   double beta_kl = 1.0;
   double free_bits = 0.25;
 
+  bool fused_head = false;
+
   int64_t steps = 1200;
   int64_t batch_size = 8;
   double learning_rate = 3e-3;
@@ -62,6 +64,7 @@ inline void add_training_options(CLI::App& app, Settings& settings) {
   app.add_option("--beta-kl", settings.beta_kl, "Weight of the latent KL")->check(CLI::NonNegativeNumber);
   app.add_option("--free-bits", settings.free_bits, "Bits of KL a byte that cost nothing")
       ->check(CLI::NonNegativeNumber);
+  app.add_flag("--fused-head", settings.fused_head, "Make the logits inside the loss, some tokens at a time");
   app.add_option("--steps", settings.steps, "Steps of the optimizer")->check(CLI::PositiveNumber);
   app.add_option("--batch-size", settings.batch_size, "Windows a step")->check(CLI::PositiveNumber);
   app.add_option("--learning-rate", settings.learning_rate, "At its highest, after the warm-up")

@@ -31,6 +31,14 @@ FreeTransformerLoss make_criterion(const Settings& settings) {
                                  .free_bits(free_transformer::bits(settings.free_bits)));
 }
 
+/// The head fused with the loss gives the numbers of dense logits, to rounding.
+free_transformer::VAELossOutput loss_of(FreeTransformer& model, FreeTransformerLoss& criterion, const Batch& batch,
+                                        bool fused_head) {
+  const auto output = model(batch.tokens);
+  return fused_head ? criterion(model->fused_logits(output.hidden), batch.targets, output.z_logits)
+                    : criterion(model->logits(output.hidden), batch.targets, output.z_logits);
+}
+
 /// Part of the training that is done: of the steps, or of the minutes if they run out sooner.
 double part_done(const Settings& settings, int64_t step, double seconds) {
   const auto of_steps = static_cast<double>(step) / static_cast<double>(settings.steps);
@@ -47,8 +55,7 @@ void train(FreeTransformer& model, const Text& text, const Settings& settings, T
   double done = 0.0;
   for (int64_t step = 1; done < 1.0; ++step) {
     const auto batch = text.random_batch(settings.batch_size);
-    const auto output = model(batch.tokens);
-    const auto [loss, step_metrics] = criterion(output.logits, batch.targets, output.z_logits);
+    const auto [loss, step_metrics] = loss_of(model, criterion, batch, settings.fused_head);
     loss.backward();
     optimizer.step(done);
 
@@ -69,8 +76,7 @@ LossMetrics evaluate(FreeTransformer& model, const Text& text, const Settings& s
   LossMetrics metrics;
   for (int64_t index = 0; index < settings.evaluation_batches; ++index) {
     const auto batch = text.even_batch(settings.batch_size, index, settings.evaluation_batches);
-    const auto output = model(batch.tokens);
-    metrics += criterion(output.logits, batch.targets, output.z_logits).metrics;
+    metrics += loss_of(model, criterion, batch, settings.fused_head).metrics;
   }
   return metrics;
 }

@@ -3,6 +3,7 @@
 
 #include "free_transformer/free_transformer_loss.hpp"
 #include "free_transformer/kl_divergence.hpp"
+#include "free_transformer/linear_logits.hpp"
 #include "free_transformer/loss_metrics.hpp"
 #include "free_transformer/reconstruction_loss.hpp"
 #include "free_transformer/reduction.hpp"
