@@ -1,5 +1,5 @@
-/// Time and memory of a loss step, head included, with dense logits and with the head fused into the loss. Linux only: the
-/// peak of the memory is the process's own, from /proc.
+/// Time and memory of a loss step, head included, with dense logits and with the head fused into the loss. Linux only:
+/// the peak of the memory is the process's own, from /proc.
 #include <torch/torch.h>
 
 #include <CLI/CLI.hpp>
@@ -52,8 +52,8 @@ struct Cost {
   double mebibytes = 0.0;
 };
 
-/// The fastest of the repetitions, and how far the largest went above the memory held before it. The first, which warms up,
-/// counts for the memory alone.
+/// The fastest of the repetitions, and how far the largest went above the memory held before it. The first, which warms
+/// up, counts for the memory alone.
 Cost cost_of(const std::function<void()>& step, int64_t repetitions) {
   Cost cost;
   for (int64_t index = 0; index <= repetitions; ++index) {
@@ -95,11 +95,13 @@ void compare_heads(const ComparisonSettings& settings) {
       cost_of(step_with([&] { return free_transformer::LinearLogits(hidden, weight); }), settings.repetitions);
 
   const double mebibyte = 1024.0 * 1024.0;
-  std::printf("%lld tokens, width %lld, vocabulary %lld, float32, %d threads: the logits are %.1f MiB, the gradients %.1f MiB\n",
-              static_cast<long long>(settings.tokens), static_cast<long long>(settings.width),
-              static_cast<long long>(settings.vocabulary), at::get_num_threads(),
-              4.0 * static_cast<double>(settings.tokens * settings.vocabulary) / mebibyte,
-              4.0 * static_cast<double>(hidden.numel() + weight.numel()) / mebibyte);
+  std::printf(
+      "%lld tokens, width %lld, vocabulary %lld, float32, %d threads: the logits are %.1f MiB, the gradients %.1f "
+      "MiB\n",
+      static_cast<long long>(settings.tokens), static_cast<long long>(settings.width),
+      static_cast<long long>(settings.vocabulary), at::get_num_threads(),
+      4.0 * static_cast<double>(settings.tokens * settings.vocabulary) / mebibyte,
+      4.0 * static_cast<double>(hidden.numel() + weight.numel()) / mebibyte);
   const auto print = [](const char* name, const Cost& cost) {
     std::printf("%-28s %8.0f ms %8.1f MiB\n", name, cost.seconds * 1e3, cost.mebibytes);
   };

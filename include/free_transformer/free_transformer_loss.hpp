@@ -39,8 +39,8 @@ class FreeTransformerLossImpl : public torch::nn::Cloneable<FreeTransformerLossI
   VAELossOptions options;
 };
 
-/// What `TORCH_MODULE` would define, with a call operator that takes any source of logits: LibTorch's own deduces its result
-/// from a `forward` that is not a template.
+/// What `TORCH_MODULE` would define, with a call operator that takes any source of logits: LibTorch's own deduces its
+/// result from a `forward` that is not a template.
 class FreeTransformerLoss : public torch::nn::ModuleHolder<FreeTransformerLossImpl> {
  public:
   using torch::nn::ModuleHolder<FreeTransformerLossImpl>::ModuleHolder;

@@ -19,11 +19,11 @@ inline double bits(double n) { return n * std::log(2.0); }
 
 /// Where the hinge of the free bits sits. A policy of your own is a struct with one static function,
 ///     Tensor penalty(bit_kl [n, latent_dim], mean_kl [], double free_bits) -> [n],
-/// in differentiable operations: what n positions add to the sum, from the KL of each of their bits in nats. mean_kl is the
-/// mean over the batch of a position's KL, a constant for the gradient. It is called for blocks of positions.
+/// in differentiable operations: what n positions add to the sum, from the KL of each of their bits in nats. mean_kl is
+/// the mean over the batch of a position's KL, a constant for the gradient. It is called for blocks of positions.
 ///
-/// Those below hold a hinge that lets the gradient through at the budget itself, so that no budget is no hinge (LibTorch's
-/// clamp_min does in some versions), and a NaN, which is not below any budget.
+/// Those below hold a hinge that lets the gradient through at the budget itself, so that no budget is no hinge
+/// (LibTorch's clamp_min does in some versions), and a NaN, which is not below any budget.
 ///
 /// The paper's Eq. 5: each position has a budget, max(0, sum_h KL_th - free_bits).
 struct PerPosition {
@@ -41,7 +41,8 @@ struct PerBit {
   }
 };
 
-/// The batch has a budget, max(0, mean_t sum_h KL_th - free_bits): KL_t - free_bits at each position while the mean is above.
+/// The batch has a budget, max(0, mean_t sum_h KL_th - free_bits): KL_t - free_bits at each position while the mean is
+/// above.
 struct BatchMean {
   static torch::Tensor penalty(const torch::Tensor& bit_kl, const torch::Tensor& mean_kl, double free_bits) {
     const torch::Tensor difference = bit_kl.sum(-1) - free_bits;
@@ -54,13 +55,15 @@ struct KLDivergenceOptions {
   /// H >= 1, the number of latent bits. Default: 16.
   TORCH_ARG(int64_t, latent_dim) = 16;
 
-  /// kappa >= 0, the budget in nats: for each position, bit or batch, as the policy has it. Default: 0.3466, half a bit.
+  /// kappa >= 0, the budget in nats: for each position, bit or batch, as the policy has it. Default: 0.3466, half a
+  /// bit.
   TORCH_ARG(double, free_bits) = 0.3466;
 
   /// Weight u of each position, `[...]`, bool or floating, finite and >= 0. Default: 1 everywhere.
   TORCH_ARG(torch::Tensor, token_weight);
 
-  /// Logits of the prior's bits, `[latent_dim]` or like z_logits; they get a gradient. Default: 0, uniform over 2^H codes.
+  /// Logits of the prior's bits, `[latent_dim]` or like z_logits; they get a gradient. Default: 0, uniform over 2^H
+  /// codes.
   TORCH_ARG(torch::Tensor, prior_logits);
 
   /// `torch::kMean` (default), `torch::kSum` or `torch::kNone`.
@@ -102,7 +105,8 @@ LatentResult latent_kl(const torch::Tensor& z_logits, const KLDivergenceOptions&
 /// Returns    a scalar, or [...] with kNone; float32, or float64 for float64. 0 if nothing counts, NaN if a NaN counts.
 ///            Each bit's KL is within 2 ulp of float32, also where z is tiny
 /// Saved      z_logits, prior_logits, the weights. Double backward works
-/// Throws     c10::Error if the last size is not latent_dim, free_bits is negative or not finite, a type is not floating,
+/// Throws     c10::Error if the last size is not latent_dim, free_bits is negative or not finite, a type is not
+/// floating,
 ///            or a weight or prior does not fit z_logits
 template <typename FreeBits = PerPosition>
 torch::Tensor compute_kl_divergence(const torch::Tensor& z_logits, const KLDivergenceOptions& options) {

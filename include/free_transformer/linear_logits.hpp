@@ -15,16 +15,17 @@ namespace free_transformer {
 
 /// x = hidden weight^T + bias, as `torch::nn::Linear` computes it, for every function that takes logits.
 /// hidden  [..., D], weight [vocab_size, D], bias [vocab_size] or none; one floating type and device, any strides
-/// The logits of a block of tokens are made in a buffer, turned into their gradient in place, and multiplied on into the
-/// gradients of hidden, weight and bias, which the forward pass so finishes (with kNone, backward makes the logits once more).
-/// Positions that do not count are left out of the products on the CPU. Half types are multiplied in float32, and the weight's
-/// gradient is rounded once. A frozen input costs no product. A second backward computes anew; double backward is an error.
+/// The logits of a block of tokens are made in a buffer, turned into their gradient in place, and multiplied on into
+/// the gradients of hidden, weight and bias, which the forward pass so finishes (with kNone, backward makes the logits
+/// once more). Positions that do not count are left out of the products on the CPU. Half types are multiplied in
+/// float32, and the weight's gradient is rounded once. A frozen input costs no product. A second backward computes
+/// anew; double backward is an error.
 struct LinearLogits {
   LinearLogits(torch::Tensor hidden_, torch::Tensor weight_, torch::Tensor bias_ = {})
       : hidden(std::move(hidden_)), weight(std::move(weight_)), bias(std::move(bias_)) {}
 
-  /// Size of the buffer in bytes, at least one token's logits; 0, the default, chooses by vocabulary and threads: 12 MiB, or
-  /// more if so few tokens fit that reading the weight would take longer than multiplying by it.
+  /// Size of the buffer in bytes, at least one token's logits; 0, the default, chooses by vocabulary and threads: 12
+  /// MiB, or more if so few tokens fit that reading the weight would take longer than multiplying by it.
   LinearLogits& block_bytes(int64_t bytes) { return block_bytes_ = bytes, *this; }
   int64_t block_bytes() const { return block_bytes_; }
 
@@ -60,7 +61,8 @@ inline LinearInputs checked_inputs(const char* function, const LinearLogits& log
 
 inline CrossEntropyTerms checked_linear_terms(const char* function, const LinearLogits& logits,
                                               const torch::Tensor& targets, const ReconstructionLossOptions& options) {
-  TORCH_CHECK(!options.inplace(), function, ": inplace must be false with LinearLogits, whose logits are no tensor, got true");
+  TORCH_CHECK(!options.inplace(), function,
+              ": inplace must be false with LinearLogits, whose logits are no tensor, got true");
   return checked_terms(function, targets, options, shape_of_positions(logits.hidden), logits.weight.size(0),
                        logits.hidden.device(), logits.hidden.scalar_type());
 }

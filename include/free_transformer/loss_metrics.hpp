@@ -25,11 +25,12 @@ namespace free_transformer {
 ///     latent/kl_bits       KL of a position before the hinge, in bits
 ///     latent/active_fraction   share of the positions above their budget
 ///     latent/active_bits   number of latent bits whose mean KL is above 0.01 nats
-///     bound/elbo, bound/elbo_bits   negative log-likelihood + KL before the hinge, a token: comparable with a language model
-///     metrics/accuracy     share of the positions whose most likely class is the target; only if asked for in the options
+///     bound/elbo, bound/elbo_bits   negative log-likelihood + KL before the hinge, a token: comparable with a language
+///     model metrics/accuracy     share of the positions whose most likely class is the target; only if asked for in
+///     the options
 /// They do not depend on `reduction` and `normalizer`: a += b gives what one call on both batches would have given.
-/// Nothing is copied to the host before the first read; then everything is, once. Reading throws c10::Error for an unknown
-/// name. Not safe to read from two threads at once.
+/// Nothing is copied to the host before the first read; then everything is, once. Reading throws c10::Error for an
+/// unknown name. Not safe to read from two threads at once.
 class LossMetrics {
  public:
   using value_type = std::pair<std::string, double>;
@@ -42,19 +43,33 @@ class LossMetrics {
   LossMetrics(const torch::Tensor& reconstruction_sums, const torch::Tensor& latent_sums, double beta_kl,
               double free_bits, bool hinge_on_batch_mean, bool has_accuracy)
       : hinge_on_batch_mean_(hinge_on_batch_mean), has_accuracy_(has_accuracy) {
+    if (latent_sums.device().is_cpu()) {  // a small step feels every operation
+      const auto count = static_cast<size_t>(latent_sums.numel());
+      sums_ = at::empty({latent_begin + latent_sums.numel()}, latent_sums.options());
+      const double* latent = latent_sums.data_ptr<double>();
+      double* sums = sums_.data_ptr<double>();
+      std::copy_n(reconstruction_sums.data_ptr<double>(), size_t{detail::reconstruction_sum_count}, sums);
+      sums[weighted_penalty_sum] = latent[detail::penalty_sum] * beta_kl;
+      sums[beta_kl_sum] = latent[detail::latent_weight_sum] * beta_kl;
+      sums[free_bits_sum] = latent[detail::latent_weight_sum] * free_bits;
+      std::copy_n(latent, count, sums + latent_begin);
+      return;
+    }
     const torch::Tensor weight = latent_sums[detail::latent_weight_sum];
-    const torch::Tensor settings = at::stack({latent_sums[detail::penalty_sum] * beta_kl, weight * beta_kl, weight * free_bits});
+    const torch::Tensor settings =
+        at::stack({latent_sums[detail::penalty_sum] * beta_kl, weight * beta_kl, weight * free_bits});
     sums_ = at::cat({reconstruction_sums, settings, latent_sums});
   }
 
   LossMetrics& operator+=(const LossMetrics& other) {
     if (!other.sums_.defined()) return *this;
     if (!sums_.defined()) return *this = other;
-    TORCH_CHECK(sums_.sizes() == other.sums_.sizes() && hinge_on_batch_mean_ == other.hinge_on_batch_mean_ &&
-                    has_accuracy_ == other.has_accuracy_,
-                "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of ",
-                sums_.sizes(), " and ", other.sums_.sizes(), ", hinge on the batch mean ", hinge_on_batch_mean_, " and ",
-                other.hinge_on_batch_mean_, ", accuracy ", has_accuracy_, " and ", other.has_accuracy_);
+    TORCH_CHECK(
+        sums_.sizes() == other.sums_.sizes() && hinge_on_batch_mean_ == other.hinge_on_batch_mean_ &&
+            has_accuracy_ == other.has_accuracy_,
+        "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of ",
+        sums_.sizes(), " and ", other.sums_.sizes(), ", hinge on the batch mean ", hinge_on_batch_mean_, " and ",
+        other.hinge_on_batch_mean_, ", accuracy ", has_accuracy_, " and ", other.has_accuracy_);
     sums_ = sums_ + other.sums_.to(sums_.device());
     values_.clear();
     return *this;

@@ -10,11 +10,12 @@ namespace free_transformer {
 
 /// Each of the shape of the positions, and 0 or false where a position does not count.
 struct TokenStatistics {
-  torch::Tensor loss;                    ///< what `torch::kNone` returns, all options applied; nats
-  torch::Tensor log_sum_exp;             ///< log sum_j exp(x_j) of the capped logits
-  torch::Tensor target_log_probability;  ///< log p_y, nats, without weights and smoothing; sum_c q_c log p_c for probabilities
-  torch::Tensor prediction;              ///< int64, the most likely class, the lowest on a tie
-  torch::Tensor hit;                     ///< bool, the prediction is the target (or the most likely class of q)
+  torch::Tensor loss;         ///< what `torch::kNone` returns, all options applied; nats
+  torch::Tensor log_sum_exp;  ///< log sum_j exp(x_j) of the capped logits
+  torch::Tensor
+      target_log_probability;  ///< log p_y, nats, without weights and smoothing; sum_c q_c log p_c for probabilities
+  torch::Tensor prediction;    ///< int64, the most likely class, the lowest on a tie
+  torch::Tensor hit;           ///< bool, the prediction is the target (or the most likely class of q)
 };
 
 namespace detail {
@@ -26,7 +27,8 @@ inline TokenStatistics shaped_statistics(const CrossEntropyValues& values, at::I
 
 }  // namespace detail
 
-/// Statistics of dense logits; a source of logits of your own gets an overload of this function beside its `reconstruct`.
+/// Statistics of dense logits; a source of logits of your own gets an overload of this function beside its
+/// `reconstruct`.
 inline TokenStatistics token_statistics(const torch::Tensor& logits, const torch::Tensor& targets,
                                         const ReconstructionLossOptions& options) {
   constexpr const char* function = "compute_token_statistics";

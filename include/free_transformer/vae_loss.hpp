@@ -34,8 +34,8 @@ struct VAELossOptions {
   /// beta >= 0, the weight of the latent term. Default: 1.
   TORCH_ARG(double, beta_kl) = 1.0;
 
-  /// False (default): every position of z_logits counts in the latent term. True: only where the target counts, that is, is
-  /// not ignored and has no weight of 0; z_logits then has the positions of the targets.
+  /// False (default): every position of z_logits counts in the latent term. True: only where the target counts, that
+  /// is, is not ignored and has no weight of 0; z_logits then has the positions of the targets.
   TORCH_ARG(bool, mask_ignored_latents) = false;
 };
 
@@ -55,13 +55,15 @@ inline KLDivergenceOptions masked_like_targets(const char* function, const VAELo
                                                       targets.options().dtype(at::kBool))
                                            : targets != reconstruction.ignore_index();
   if (reconstruction.token_weight().defined()) counts = counts & (reconstruction.token_weight() != 0);
-  TORCH_CHECK(z_logits.dim() == counts.dim() + 1 && z_logits.sizes().slice(0, static_cast<size_t>(counts.dim())) == counts.sizes(),
+  TORCH_CHECK(z_logits.dim() == counts.dim() + 1 &&
+                  z_logits.sizes().slice(0, static_cast<size_t>(counts.dim())) == counts.sizes(),
               function, ": z_logits must have the positions of the targets with mask_ignored_latents, ", counts.sizes(),
               ", got shape ", z_logits.sizes());
   const torch::Tensor& weight = options.kl().token_weight();
   if (weight.defined()) {
-    TORCH_CHECK(weight.sizes() == counts.sizes(), function, ": kl().token_weight must have one value for each position, ",
-                "shape ", counts.sizes(), ", got ", weight.sizes());
+    TORCH_CHECK(weight.sizes() == counts.sizes(), function,
+                ": kl().token_weight must have one value for each position, ", "shape ", counts.sizes(), ", got ",
+                weight.sizes());
     return KLDivergenceOptions(options.kl()).token_weight(weight.masked_fill(~counts, 0));
   }
   return KLDivergenceOptions(options.kl()).token_weight(counts);
@@ -86,7 +88,7 @@ VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& target
   const auto latent = detail::latent_kl<FreeBits>(
       z_logits, options.mask_ignored_latents() ? detail::masked_like_targets(function, options, targets, z_logits)
                                                : options.kl());
-  return {reconstruction.loss + latent.loss * options.beta_kl(),
+  return {at::add(reconstruction.loss, latent.loss, /*alpha=*/options.beta_kl()),
           LossMetrics(reconstruction.sums, latent.sums, options.beta_kl(), options.free_bits(),
                       std::is_same_v<FreeBits, BatchMean>, options.accuracy())};
 }

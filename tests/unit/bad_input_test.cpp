@@ -7,7 +7,9 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-Tensor indices(const std::vector<int64_t>& values) { return numeric::tensor(values, {static_cast<int64_t>(values.size())}); }
+Tensor indices(const std::vector<int64_t>& values) {
+  return numeric::tensor(values, {static_cast<int64_t>(values.size())});
+}
 
 const torch::TensorOptions meta = torch::TensorOptions().device(torch::kMeta);
 
@@ -41,7 +43,8 @@ std::string vae_error(const Tensor& z_logits, double beta_kl) {
 TEST_CASE("Logits must be dense, floating and have classes", "[errors][reconstruction]") {
   const Tensor targets = indices({0, 1});
   CHECK(reconstruction_error({}, targets) == "logits must be a defined tensor, got an undefined one");
-  CHECK(reconstruction_error(eighths({2, 5}).to_sparse(), targets) == "logits must be a dense (strided) tensor, got layout Sparse");
+  CHECK(reconstruction_error(eighths({2, 5}).to_sparse(), targets) ==
+        "logits must be a dense (strided) tensor, got layout Sparse");
   const std::string kind = "logits must be of type float64, float32, float16 or bfloat16, got ";
   CHECK(reconstruction_error(torch::zeros({2, 5}, torch::kLong), targets) == kind + "Long");
   CHECK(reconstruction_error(torch::zeros({2, 5}, torch::kBool), targets) == kind + "Bool");
@@ -51,10 +54,12 @@ TEST_CASE("Logits must be dense, floating and have classes", "[errors][reconstru
   CHECK(reconstruction_error(torch::zeros({2, 0}), targets) == shape + "[2, 0]");
 }
 
-TEST_CASE("Targets must be dense indices, one for each position, on the device of the logits", "[errors][reconstruction]") {
+TEST_CASE("Targets must be dense indices, one for each position, on the device of the logits",
+          "[errors][reconstruction]") {
   const Tensor logits = eighths({2, 5});
   CHECK(reconstruction_error(logits, {}) == "targets must be a defined tensor, got an undefined one");
-  CHECK(reconstruction_error(logits, indices({0, 1}).to_sparse()) == "targets must be a dense (strided) tensor, got layout Sparse");
+  CHECK(reconstruction_error(logits, indices({0, 1}).to_sparse()) ==
+        "targets must be a dense (strided) tensor, got layout Sparse");
   const std::string kind = "targets must be class indices (an integer type) or class probabilities (floating), got ";
   CHECK(reconstruction_error(logits, torch::zeros({2}, torch::kBool)) == kind + "Bool");
   CHECK(reconstruction_error(logits, torch::zeros({2}, torch::kComplexDouble)) == kind + "ComplexDouble");
@@ -74,8 +79,10 @@ TEST_CASE("A target out of range is shown with its position", "[errors][reconstr
   const std::string range = "targets must lie in [0, 5) or be ignore_index = ";
   CHECK(reconstruction_error(logits, indices({0, 5, 1, -1})) == range + "-100, got 5 at position 1");
   CHECK(reconstruction_error(logits, indices({0, 4, 1, -1})) == range + "-100, got -1 at position 3");
-  CHECK(reconstruction_error(logits, indices({0, -100, 1, 7}), /*ignore_index=*/7) == range + "7, got -100 at position 1");
-  CHECK(reconstruction_error(logits, torch::tensor({0, 1, 255, 2}, torch::kByte)) == range + "-100, got 255 at position 2");
+  CHECK(reconstruction_error(logits, indices({0, -100, 1, 7}), /*ignore_index=*/7) ==
+        range + "7, got -100 at position 1");
+  CHECK(reconstruction_error(logits, torch::tensor({0, 1, 255, 2}, torch::kByte)) ==
+        range + "-100, got 255 at position 2");
   CHECK(reconstruction_error(logits, indices({std::numeric_limits<int64_t>::min(), 0, 0, 0})) ==
         range + "-100, got -9223372036854775808 at position 0");
   CHECK(reconstruction_error(eighths({2, 2, 5}).transpose(0, 1), indices({0, 1, 9, 2}).reshape({2, 2}).t()) ==
@@ -115,6 +122,7 @@ TEST_CASE("Both terms must be on one device", "[errors][vae]") {
 
 TEST_CASE("The module refuses what the function refuses", "[errors][module]") {
   FreeTransformerLoss criterion(3, -1.0);
-  CHECK(error_of([&] { criterion(eighths({2, 5}), indices({0, 1}), eighths({2, 3})); }) ==
-        "compute_vae_loss: beta_kl must be finite and >= 0, got -1");
+  CHECK(error_of([&] {
+          criterion(eighths({2, 5}), indices({0, 1}), eighths({2, 3}));
+        }) == "compute_vae_loss: beta_kl must be finite and >= 0, got -1");
 }

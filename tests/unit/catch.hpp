@@ -1,4 +1,5 @@
-// Catch2, whichever major version is installed, with its own CHECK: LibTorch's logging defines one that ends the program.
+// Catch2, whichever major version is installed, with its own CHECK: LibTorch's logging defines one that ends the
+// program.
 #pragma once
 
 #include <c10/util/Logging.h>

@@ -11,10 +11,11 @@ KLDivergenceOptions with(int64_t latent_dim, double free_bits, Reduction reducti
   return KLDivergenceOptions().latent_dim(latent_dim).free_bits(free_bits).reduction(reduction);
 }
 
-/// All is computed in float64, also for the narrow types, and rounded once. In units of float64, of one bit's KL, worst at
-/// |l| = 2: 2 from tanh, 1 from the product, 1 from the square, 1.5 from log1p, a half from their sum; a half for each bit
-/// or position added. Of a gradient l s(l) s(-l) / T: 2 for each sigmoid, a half each for three products and 1/T.
-/// KL - kappa keeps the error of KL, so kappa is added to the value it is relative to; PerBit subtracts one for each bit.
+/// All is computed in float64, also for the narrow types, and rounded once. In units of float64, of one bit's KL, worst
+/// at |l| = 2: 2 from tanh, 1 from the product, 1 from the square, 1.5 from log1p, a half from their sum; a half for
+/// each bit or position added. Of a gradient l s(l) s(-l) / T: 2 for each sigmoid, a half each for three products and
+/// 1/T. KL - kappa keeps the error of KL, so kappa is added to the value it is relative to; PerBit subtracts one for
+/// each bit.
 constexpr double steps = 8;
 
 template <typename FreeBits>
@@ -32,7 +33,8 @@ void check_reference(const reference::LatentCase& input, const reference::Latent
   CHECK(mean.scalar_type() == arithmetic(type));
   CHECK(each.scalar_type() == arithmetic(type));
   CHECK(difference(mean, {expected.mean}, relative, budget) == "");
-  CHECK(difference(sum, {expected.mean * static_cast<double>(rows)}, relative, budget * static_cast<double>(rows)) == "");
+  CHECK(difference(sum, {expected.mean * static_cast<double>(rows)}, relative, budget * static_cast<double>(rows)) ==
+        "");
   CHECK(difference(each, expected.penalties, relative, budget) == "");
 
   const Tensor of_z = gradient(mean, z_logits);
@@ -73,8 +75,9 @@ TEST_CASE("The latent KL has the value and the gradient of its equation for ever
 }
 
 TEST_CASE("The KL of a bit is within 2 ulp over the floats, its gradient within 4", "[kl][accuracy]") {
-  // Every 4001st float from the smallest to infinity. The expected values: where |l| < 1/64 the series of KL in l, whose next
-  // term is below 1e-14 of it; elsewhere its equation in long double, where cancellation leaves 1e-19/3e-5 = 3e-15.
+  // Every 4001st float from the smallest to infinity. The expected values: where |l| < 1/64 the series of KL in l,
+  // whose next term is below 1e-14 of it; elsewhere its equation in long double, where cancellation leaves 1e-19/3e-5 =
+  // 3e-15.
   std::vector<float> logits;
   for (uint32_t bits_of_float = 1; bits_of_float < 0x7f800000u; bits_of_float += 4001) {
     float value;
@@ -93,7 +96,9 @@ TEST_CASE("The KL of a bit is within 2 ulp over the floats, its gradient within 
     const auto expected = static_cast<double>(l < 1.0L / 64 ? series : equation);
     const auto expected_gradient = static_cast<double>(q > 0 ? l * p * q : 0);
     const double sign = logits[index] < 0 ? -1 : 1;
-    const auto ulps = [](double value, double exact) { return std::abs(value - exact) / (2 * half_step(exact, torch::kFloat)); };
+    const auto ulps = [](double value, double exact) {
+      return std::abs(value - exact) / (2 * half_step(exact, torch::kFloat));
+    };
     worst = std::max(worst, ulps(found[index], expected));
     worst_gradient = std::max(worst_gradient, ulps(found_gradient[index], sign * expected_gradient));
   }
@@ -143,7 +148,8 @@ TEST_CASE("No position gives a KL of 0 with a graph", "[kl][gradient]") {
   }
 }
 
-TEST_CASE("A sum and unreduced penalties have the gradient of the mean times the number of positions", "[kl][gradient]") {
+TEST_CASE("A sum and unreduced penalties have the gradient of the mean times the number of positions",
+          "[kl][gradient]") {
   const Tensor z_logits = leaf(eighths({4, 3}));
   const Tensor upstream = tensor(std::vector<double>{2, 3, -0.5, 0}, {4});
   const Tensor of_mean = gradient(compute_kl_divergence<PerBit>(z_logits, 3, 0.25), z_logits);
@@ -158,7 +164,8 @@ TEST_CASE("A sum and unreduced penalties have the gradient of the mean times the
 TEMPLATE_TEST_CASE("The latent KL agrees with finite differences in both orders", "[kl][gradient]", PerPosition, PerBit,
                    BatchMean, user::Square) {
   // Positions and bits on both sides of the budget, none within 1/32 of it, where the hinge has no derivative.
-  const Tensor at = tensor(std::vector<double>{0.25, -0.125, 0.5, 3, -2, 0.75, 0.125, 0, 0.25, -1.75, 5, -4}, {2, 2, 3});
+  const Tensor at =
+      tensor(std::vector<double>{0.25, -0.125, 0.5, 3, -2, 0.75, 0.125, 0, 0.25, -1.75, 5, -4}, {2, 2, 3});
   const Tensor weights = tensor(std::vector<double>{1, 5, -0.5, 2}, {2, 2});
   SECTION("of the mean") {
     check_gradients([&](const Tensor& z) { return compute_kl_divergence<TestType>(z, 3, 0.125); }, at);
@@ -167,15 +174,19 @@ TEMPLATE_TEST_CASE("The latent KL agrees with finite differences in both orders"
     check_gradients([&](const Tensor& z) { return compute_kl_divergence<TestType>(z, 3, 0.125).square(); }, at);
   }
   SECTION("of the sum, through other operations on the same logits") {
-    check_gradients([&](const Tensor& z) {
-      return compute_kl_divergence<TestType>(z * 1.25 - 0.0625, with(3, 0.125, torch::kSum)) + z.square().sum() / 8;
-    }, at);
+    check_gradients(
+        [&](const Tensor& z) {
+          return compute_kl_divergence<TestType>(z * 1.25 - 0.0625, with(3, 0.125, torch::kSum)) + z.square().sum() / 8;
+        },
+        at);
   }
   if (std::is_same_v<TestType, BatchMean>) return;  // what one position adds depends on the others through a constant
   SECTION("of weighted squares of the penalties") {
-    check_gradients([&](const Tensor& z) {
-      return (compute_kl_divergence<TestType>(z, with(3, 0.125, torch::kNone)).square() * weights).sum();
-    }, at);
+    check_gradients(
+        [&](const Tensor& z) {
+          return (compute_kl_divergence<TestType>(z, with(3, 0.125, torch::kNone)).square() * weights).sum();
+        },
+        at);
   }
 }
 
@@ -188,8 +199,8 @@ TEST_CASE("The second derivative of the KL reaches an upstream gradient", "[kl][
   CHECK(difference(gradient(first.square().sum(), upstream), 2 * upstream * plain.square().sum(1), 1e-14) == "");
 }
 
-TEMPLATE_TEST_CASE("Without a budget the KL at zero has its second derivative, 1/4", "[kl][gradient]", PerPosition, PerBit,
-                   BatchMean) {
+TEMPLATE_TEST_CASE("Without a budget the KL at zero has its second derivative, 1/4", "[kl][gradient]", PerPosition,
+                   PerBit, BatchMean) {
   const Tensor z_logits = leaf(torch::zeros({1, 2}, torch::kDouble));
   const Tensor first = gradient(compute_kl_divergence<TestType>(z_logits, 2, 0.0), z_logits, {}, /*create_graph=*/true);
   CHECK(values(first) == std::vector<double>{0, 0});
@@ -202,7 +213,8 @@ TEST_CASE("A policy of one's own gets the KL of each bit, and its gradient flows
   const Tensor wide = leaf(z_logits.to(torch::kDouble));
   const Tensor kl = compute_kl_divergence(wide, with(3, 0, torch::kNone));
   CHECK(difference(squares, kl.square(), 4 * epsilon(torch::kDouble)) == "");
-  CHECK(difference(gradient(squares.sum(), z_logits), gradient(kl.square().sum(), wide), steps * epsilon(torch::kDouble)) == "");
+  CHECK(difference(gradient(squares.sum(), z_logits), gradient(kl.square().sum(), wide),
+                   steps * epsilon(torch::kDouble)) == "");
 }
 
 TEST_CASE("Every layout of the latent logits gives the numbers of contiguous ones", "[kl][layout]") {
@@ -276,7 +288,8 @@ TEST_CASE("A kept graph of the KL can be walked again, one that was not kept can
   const Tensor first = z_logits.grad().clone();
   loss.backward();
   CHECK(same_bits(z_logits.grad(), first * 2));
-  CHECK_THAT(error_of([&] { loss.backward(); }), Catch::Matchers::StartsWith("Trying to backward through the graph a second time"));
+  CHECK_THAT(error_of([&] { loss.backward(); }),
+             Catch::Matchers::StartsWith("Trying to backward through the graph a second time"));
 }
 
 TEST_CASE("Latent logits that were changed after the KL make backward an error", "[kl][graph]") {

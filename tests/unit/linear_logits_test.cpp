@@ -14,16 +14,19 @@ using namespace numeric;
 namespace F = torch::nn::functional;
 
 /// Float64 against dense logits. With D <= 33, |h| <= 1 and |w|, |b| <= 1/2 two orders of summation put a logit at most
-/// 2 D eps/2 (D/2 + 1) = 2^-52 33 17 = 1.3e-13 apart; a coefficient of a logit's gradient is at most u w (1 + 2 z lse) scale
-/// <= 2 2 (1 + 0.2 22) 2 = 43 and moves by twice that, and a gradient adds up at most 50 of them: 6e-10 in the worst case
-/// for each unit of h or w. These tests ask for a hundredth of it.
+/// 2 D eps/2 (D/2 + 1) = 2^-52 33 17 = 1.3e-13 apart; a coefficient of a logit's gradient is at most u w (1 + 2 z lse)
+/// scale
+/// <= 2 2 (1 + 0.2 22) 2 = 43 and moves by twice that, and a gradient adds up at most 50 of them: 6e-10 in the worst
+/// case for each unit of h or w. These tests ask for a hundredth of it.
 constexpr double relative = 6e-12;
 
 /// A head, and what it is applied to.
 struct Head {
   Tensor hidden, weight, bias;  ///< bias may be undefined
 
-  LinearLogits fused(int64_t block_bytes = 0) const { return LinearLogits(hidden, weight, bias).block_bytes(block_bytes); }
+  LinearLogits fused(int64_t block_bytes = 0) const {
+    return LinearLogits(hidden, weight, bias).block_bytes(block_bytes);
+  }
   Tensor dense() const { return torch::linear(hidden, weight, bias); }
   int64_t positions() const { return hidden.numel() / hidden.size(-1); }
   int64_t classes() const { return weight.size(0); }
@@ -114,7 +117,9 @@ struct Problem {
     if (maybe()) options.softcap(1.5);
     if (maybe()) options.normalizer(7.0);
     const int64_t kind = below(3);
-    options.reduction(kind == 0 ? Reduction(torch::kMean) : kind == 1 ? Reduction(torch::kSum) : Reduction(torch::kNone));
+    options.reduction(kind == 0   ? Reduction(torch::kMean)
+                      : kind == 1 ? Reduction(torch::kSum)
+                                  : Reduction(torch::kNone));
     if (kind == 2 || maybe()) upstream = uniform(kind == 2 ? positions : std::vector<int64_t>{}, 2);
   }
 
@@ -143,7 +148,8 @@ int products_of(const Function& function) {
 constexpr const char* name = "compute_reconstruction_loss: ";
 
 std::string error(const LinearLogits& logits, const ReconstructionLossOptions& options = {}) {
-  const std::string text = error_of([&] { compute_reconstruction_loss(logits, torch::zeros({2}, torch::kLong), options); });
+  const std::string text =
+      error_of([&] { compute_reconstruction_loss(logits, torch::zeros({2}, torch::kLong), options); });
   CHECK(text.substr(0, std::strlen(name)) == name);
   return text.substr(std::min(text.size(), std::strlen(name)));
 }
@@ -205,8 +211,8 @@ TEST_CASE("The size of a block changes a float32 loss by its rounding at most", 
 }
 
 TEST_CASE("The number of threads changes no bit where the products are exact", "[linear][threads]") {
-  // Multiples of 1/8 below 8 and sums of few of them: every order of summation gives the same logits. Weight and bias see
-  // rounded sums over tokens, whose order is the BLAS's own; with one token a block there is none.
+  // Multiples of 1/8 below 8 and sums of few of them: every order of summation gives the same logits. Weight and bias
+  // see rounded sums over tokens, whose order is the BLAS's own; with one token a block there is none.
   const bool is_frozen = GENERATE(true, false);
   const auto type = GENERATE(torch::kFloat, torch::kDouble);
   INFO(type << ", frozen head: " << is_frozen);
@@ -246,8 +252,8 @@ TEST_CASE("Unreduced losses of a fused head take any upstream gradient", "[linea
   for (const auto& [which, upstream] : upstreams) {
     INFO(which);
     const auto expected = loss_and_gradients(head.dense(), head, targets, options, upstream);
-    CHECK(difference_of_all(loss_and_gradients(head.fused(bytes_of(5, head)), head, targets, options, upstream), expected,
-                            relative) == "");
+    CHECK(difference_of_all(loss_and_gradients(head.fused(bytes_of(5, head)), head, targets, options, upstream),
+                            expected, relative) == "");
   }
   // An upstream gradient that depends on the loss itself: what scaling after the fact gets wrong.
   const auto focal = [&](const auto& logits) {
@@ -255,7 +261,8 @@ TEST_CASE("Unreduced losses of a fused head take any upstream gradient", "[linea
     return torch::autograd::grad({(losses * (1 - losses.neg().exp()).square()).mean()}, head.inputs());
   };
   const auto expected = focal(head.dense()), found = focal(head.fused(bytes_of(5, head)));
-  for (size_t index = 0; index < expected.size(); ++index) CHECK(difference(found[index], expected[index], relative, 1) == "");
+  for (size_t index = 0; index < expected.size(); ++index)
+    CHECK(difference(found[index], expected[index], relative, 1) == "");
 }
 
 TEST_CASE("A scaled loss scales the gradients of a fused head", "[linear][gradient]") {
@@ -325,17 +332,16 @@ TEST_CASE("Positions that do not count are left out of the products of a fused h
   const Head kept{leaf(head.hidden.index_select(0, index)), head.weight, head.bias};
   const bool for_each = reduction.index() == 2;
   const Tensor upstream = for_each ? uniform({7}, 2) : Tensor();
-  const auto expected = loss_and_gradients(
-      kept.dense(), kept, targets.index_select(0, index),
-      ReconstructionLossOptions(options).token_weight(options.token_weight().index_select(0, index)),
-      for_each ? upstream.index_select(0, index) : upstream);
+  const auto expected =
+      loss_and_gradients(kept.dense(), kept, targets.index_select(0, index),
+                         ReconstructionLossOptions(options).token_weight(options.token_weight().index_select(0, index)),
+                         for_each ? upstream.index_select(0, index) : upstream);
 
   // A NaN times 0 would show in the weight's gradient.
   head.hidden = head.hidden.detach().index_fill(0, torch::tensor({1, 2, 4}), not_a_number).requires_grad_();
   std::vector<Tensor> found;
-  const int products = products_of([&] {
-    found = loss_and_gradients(head.fused(bytes_of(2, head)), head, targets, options, upstream);
-  });
+  const int products =
+      products_of([&] { found = loss_and_gradients(head.fused(bytes_of(2, head)), head, targets, options, upstream); });
   CHECK(products == (for_each ? 4 : 3) * 2);  // four positions make two blocks, seven would make four
 
   CHECK(difference(found[1].index_select(0, torch::tensor({1, 2, 4})), std::vector<double>(15, 0.0), 0) == "");
@@ -396,7 +402,9 @@ TEST_CASE("Every layout of hidden and weight gives the numbers of contiguous one
       const auto expected = loss_and_gradients(copy.fused(bytes_of(5, copy)), copy, targets);
       const auto found = loss_and_gradients(head.fused(bytes_of(5, head)), head, targets);
       // Products of 5, 7 and 12 terms in another order, and the half step of a half type on each side.
-      CHECK(difference_of_all(found, expected, 12 * epsilon(arithmetic(type)) + (type == torch::kBFloat16 ? epsilon(type) / 2 : 0)) == "");
+      CHECK(difference_of_all(found, expected,
+                              12 * epsilon(arithmetic(type)) + (type == torch::kBFloat16 ? epsilon(type) / 2 : 0)) ==
+            "");
     }
   }
 }
@@ -422,7 +430,8 @@ TEST_CASE("The gradients of a weight tied with the embedding add up", "[linear][
     return gradient(compute_reconstruction_loss(make_logits(hidden), targets), table);
   };
   const Tensor expected = gradient_of([&](const Tensor& hidden) { return torch::linear(hidden, table); });
-  CHECK(difference(gradient_of([&](const Tensor& hidden) { return LinearLogits(hidden, table); }), expected, relative, 1) == "");
+  CHECK(difference(gradient_of([&](const Tensor& hidden) { return LinearLogits(hidden, table); }), expected, relative,
+                   1) == "");
 
   compute_reconstruction_loss(LinearLogits(torch::embedding(table, tokens).tanh(), table), targets).backward();
   compute_reconstruction_loss(LinearLogits(torch::embedding(table, tokens).tanh(), table), targets).backward();
@@ -433,7 +442,8 @@ TEST_CASE("One tensor as hidden and weight gets both gradients", "[linear][gradi
   torch::manual_seed(14);
   const Tensor both = leaf(uniform({6, 4}, 0.5)), targets = some_targets({6}, 6);
   const Tensor expected = gradient(compute_reconstruction_loss(torch::linear(both, both), targets), both);
-  CHECK(difference(gradient(compute_reconstruction_loss(LinearLogits(both, both), targets), both), expected, relative, 1) == "");
+  CHECK(difference(gradient(compute_reconstruction_loss(LinearLogits(both, both), targets), both), expected, relative,
+                   1) == "");
 }
 
 TEST_CASE("A fused head of half precision loses no more than eager does", "[linear][half]") {
@@ -468,7 +478,8 @@ TEST_CASE("A fused head of half precision loses no more than eager does", "[line
 }
 
 TEST_CASE("A scaled loss keeps float16 gradients from underflow", "[linear][half]") {
-  // The gradients of the unscaled loss are below float16's least number, 2^-24; a gradient scaler is there to save them.
+  // The gradients of the unscaled loss are below float16's least number, 2^-24; a gradient scaler is there to save
+  // them.
   torch::manual_seed(16);
   Head head = random_head({64}, 8, 5, /*has_bias=*/false, torch::kHalf);
   head.hidden = leaf(head.hidden / 256);
@@ -480,7 +491,8 @@ TEST_CASE("A scaled loss keeps float16 gradients from underflow", "[linear][half
   const auto found = loss_and_gradients(head.fused(), head, targets, {}, upstream);
   // Sums of 64 terms of float32 at most, then the one rounding to float16.
   for (size_t index = 1; index < found.size(); ++index) {
-    CHECK(difference(found[index], exact[index], 64 * epsilon(torch::kFloat), exact[index].abs().max().item<double>()) == "");
+    CHECK(difference(found[index], exact[index], 64 * epsilon(torch::kFloat),
+                     exact[index].abs().max().item<double>()) == "");
   }
 }
 
@@ -521,7 +533,8 @@ TEST_CASE("Double backward through a fused head is refused", "[linear][errors]")
   const Head head = random_head({3}, 4, 5, /*has_bias=*/false);
   const Tensor loss = compute_reconstruction_loss(head.fused(), some_targets({3}, 5));
   CHECK(error_of([&] { gradient(loss, head.hidden, {}, /*create_graph=*/true); }) ==
-        "compute_reconstruction_loss: LinearLogits must not be differentiated twice (create_graph); pass dense logits for that");
+        "compute_reconstruction_loss: LinearLogits must not be differentiated twice (create_graph); pass dense logits "
+        "for that");
 }
 
 TEST_CASE("The whole loss and the module take a fused head", "[linear][vae][module]") {
@@ -575,12 +588,15 @@ TEST_CASE("A fused head is refused with what came", "[linear][errors]") {
   CHECK(error(LinearLogits(hidden, weight).block_bytes(-1)) == "block_bytes must be >= 0, got -1");
   CHECK(error({hidden, weight}, ReconstructionLossOptions().inplace(true)) ==
         "inplace must be false with LinearLogits, whose logits are no tensor, got true");
-  CHECK(error({eighths({3, 3}), weight}) == "targets must have the shape of the logits without their last size, [3], got [2]");
+  CHECK(error({eighths({3, 3}), weight}) ==
+        "targets must have the shape of the logits without their last size, [3], got [2]");
   const Tensor targets = torch::zeros({2}, torch::kLong);
-  CHECK(error_of([&] { compute_token_statistics(LinearLogits(hidden, eighths({5, 2})), targets); }) ==
-        "compute_token_statistics: " + shape + "[5, 2]");
-  CHECK(error_of([&] { compute_reconstruction_loss(LinearLogits(hidden, weight), torch::tensor({0, 5})); }) ==
-        "compute_reconstruction_loss: targets must lie in [0, 5) or be ignore_index = -100, got 5 at position 1");
+  CHECK(error_of([&] {
+          compute_token_statistics(LinearLogits(hidden, eighths({5, 2})), targets);
+        }) == "compute_token_statistics: " + shape + "[5, 2]");
+  CHECK(error_of([&] {
+          compute_reconstruction_loss(LinearLogits(hidden, weight), torch::tensor({0, 5}));
+        }) == "compute_reconstruction_loss: targets must lie in [0, 5) or be ignore_index = -100, got 5 at position 1");
 }
 
 TEST_CASE("A step of a fused head takes an eighth of the logits beside the gradients", "[linear][memory]") {
@@ -592,7 +608,9 @@ TEST_CASE("A step of a fused head takes an eighth of the logits beside the gradi
   const Head head{leaf(torch::randn({positions, width})), leaf(torch::randn({classes, width})), {}};
   const int64_t gradients = (positions + classes) * width * 4, logits = positions * classes * 4;
   const auto step = [&] {
-    compute_reconstruction_loss(head.fused(), targets, ReconstructionLossOptions().reduction(reduction)).mean().backward();
+    compute_reconstruction_loss(head.fused(), targets, ReconstructionLossOptions().reduction(reduction))
+        .mean()
+        .backward();
   };
   const int64_t peak = peak_of(step);
   CHECK(peak >= gradients);
@@ -604,7 +622,8 @@ TEST_CASE("A half weight is never held in float32 as a whole by a forward pass",
   const auto type = GENERATE(torch::kBFloat16, torch::kHalf);
   const Head head{torch::ones({positions, width}, type), torch::ones({classes, width}, type), {}};
   const int64_t block = bytes_of(8, head), part_of_weight = int64_t{4} << 20;  // 2^20 numbers at a time
-  const int64_t peak = peak_of([&] { compute_reconstruction_loss(head.fused(block), some_targets({positions}, classes)); });
+  const int64_t peak =
+      peak_of([&] { compute_reconstruction_loss(head.fused(block), some_targets({positions}, classes)); });
   CHECK(peak <= block + part_of_weight + 512 * positions + 4 * 8 * width);
   CHECK(peak < classes * width * 4);
 }

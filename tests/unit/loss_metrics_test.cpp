@@ -8,9 +8,16 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-const std::vector<std::string> names{"loss/total",     "loss/reconstruction",    "loss/kl",
-                                     "loss/kl_weighted", "metrics/perplexity",   "latent/kl_bits",
-                                     "latent/active_fraction", "latent/active_bits", "bound/elbo", "bound/elbo_bits"};
+const std::vector<std::string> names{"loss/total",
+                                     "loss/reconstruction",
+                                     "loss/kl",
+                                     "loss/kl_weighted",
+                                     "metrics/perplexity",
+                                     "latent/kl_bits",
+                                     "latent/active_fraction",
+                                     "latent/active_bits",
+                                     "bound/elbo",
+                                     "bound/elbo_bits"};
 
 struct Batch {
   Tensor logits, targets, z_logits;
@@ -68,8 +75,8 @@ TEST_CASE("The metrics keep to the relations between them", "[metrics]") {
   CHECK(close(bits(metrics.at("bound/elbo_bits")), metrics.at("bound/elbo")));
 }
 
-TEMPLATE_TEST_CASE("Micro-batches of any sizes join to the metrics of the whole batch", "[metrics]", PerPosition, PerBit,
-                   BatchMean) {
+TEMPLATE_TEST_CASE("Micro-batches of any sizes join to the metrics of the whole batch", "[metrics]", PerPosition,
+                   PerBit, BatchMean) {
   for (const auto type : {torch::kDouble, torch::kFloat}) {
     // The promise is 1e-6; the sums are float64, so with float64 logits rounding alone is left.
     const double relative = type == torch::kDouble ? 1e-13 : 1e-6;
@@ -136,8 +143,10 @@ TEST_CASE("Reductions do not change the metrics", "[metrics]") {
   const Batch batch(9);
   const LossMetrics expected = batch.metrics<PerPosition>();
   for (const Reduction& reduction : {Reduction(torch::kSum), Reduction(torch::kNone)}) {
-    const auto options = VAELossOptions().reconstruction(ReconstructionLossOptions().reduction(reduction))
-                             .kl(KLDivergenceOptions().latent_dim(4).free_bits(0.5).reduction(reduction)).beta_kl(0.5);
+    const auto options = VAELossOptions()
+                             .reconstruction(ReconstructionLossOptions().reduction(reduction))
+                             .kl(KLDivergenceOptions().latent_dim(4).free_bits(0.5).reduction(reduction))
+                             .beta_kl(0.5);
     check_same(compute_vae_loss(batch.logits, batch.targets, batch.z_logits, options).metrics, expected, 0);
   }
 }
@@ -145,21 +154,25 @@ TEST_CASE("Reductions do not change the metrics", "[metrics]") {
 TEST_CASE("An active bit has a mean KL above 0.01 nats, an active position is above its budget", "[metrics]") {
   // KL(l) is near l^2/8: 0.0078 for a quarter, 0.0308 for a half.
   const Tensor z_logits = tensor(std::vector<double>{0.25, 0.5, 0, 0.25, 0.5, 3}, {2, 3});
-  const auto metrics = compute_vae_loss(eighths({2, 5}), torch::zeros({2}, torch::kLong), z_logits, 3, 1.0, 0.125).metrics;
+  const auto metrics =
+      compute_vae_loss(eighths({2, 5}), torch::zeros({2}, torch::kLong), z_logits, 3, 1.0, 0.125).metrics;
   CHECK(metrics.at("latent/active_bits") == 2);
   CHECK(metrics.at("latent/active_fraction") == 0.5);
 }
 
 TEST_CASE("An unknown metric and metrics that cannot be joined are refused", "[metrics][errors]") {
-  CHECK(error_of([] { Batch(3).metrics<PerPosition>().at("loss/everything"); }) ==
-        "LossMetrics::at: name must be one of loss/total loss/reconstruction loss/kl loss/kl_weighted metrics/perplexity "
-        "latent/kl_bits latent/active_fraction latent/active_bits bound/elbo bound/elbo_bits, got loss/everything");
+  CHECK(
+      error_of([] { Batch(3).metrics<PerPosition>().at("loss/everything"); }) ==
+      "LossMetrics::at: name must be one of loss/total loss/reconstruction loss/kl loss/kl_weighted metrics/perplexity "
+      "latent/kl_bits latent/active_fraction latent/active_bits bound/elbo bound/elbo_bits, got loss/everything");
   const Batch batch(3);
   CHECK(error_of([&] { batch.metrics<PerPosition>() + batch.metrics<BatchMean>(); }) ==
-        "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of [16] and "
+        "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of "
+        "[16] and "
         "[16], hinge on the batch mean 0 and 1, accuracy 0 and 0");
   const auto sixteen = compute_vae_loss(eighths({2, 5}), torch::zeros({2}, torch::kLong), eighths({2, 16})).metrics;
   CHECK(error_of([&] { batch.metrics<PerPosition>() + sixteen; }) ==
-        "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of [16] and "
+        "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of "
+        "[16] and "
         "[28], hinge on the batch mean 0 and 0, accuracy 0 and 0");
 }

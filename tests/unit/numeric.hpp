@@ -44,7 +44,8 @@ inline bool holds(torch::ScalarType type, reference::Exact exact) {
          (type == torch::kFloat && exact == reference::Exact::in_float32);
 }
 
-inline Tensor tensor(const std::vector<double>& values, torch::IntArrayRef shape, torch::ScalarType type = torch::kDouble) {
+inline Tensor tensor(const std::vector<double>& values, torch::IntArrayRef shape,
+                     torch::ScalarType type = torch::kDouble) {
   return torch::tensor(values, torch::kDouble).reshape(shape).to(type);
 }
 
@@ -57,7 +58,13 @@ inline Tensor leaf(const Tensor& values) { return values.detach().requires_grad_
 /// Logits or an upstream gradient, the same each time: multiples of 1/8 in [-8, 8), exact in every type.
 inline Tensor eighths(torch::IntArrayRef shape, torch::ScalarType type = torch::kDouble, int64_t seed = 1) {
   const Tensor index = torch::arange(c10::multiply_integers(shape), torch::kLong) + seed * 7919;
-  return (index * 2654435761 % 127 - index % 3).remainder(128).sub(64).to(torch::kDouble).div(8).reshape(shape).to(type);
+  return (index * 2654435761 % 127 - index % 3)
+      .remainder(128)
+      .sub(64)
+      .to(torch::kDouble)
+      .div(8)
+      .reshape(shape)
+      .to(type);
 }
 
 inline std::vector<double> values(const Tensor& actual) {
@@ -65,10 +72,10 @@ inline std::vector<double> values(const Tensor& actual) {
   return {wide.data_ptr<double>(), wide.data_ptr<double>() + wide.numel()};
 }
 
-/// Empty if every |actual - expected| is at most `relative` (|expected| + also) and half a step of the type of `actual` for
-/// each rounding to it (two if `expected` was rounded, too); else the first element that is further off.
-inline std::string difference(const Tensor& actual, const std::vector<double>& expected, double relative, double also = 0,
-                              int roundings = 1) {
+/// Empty if every |actual - expected| is at most `relative` (|expected| + also) and half a step of the type of `actual`
+/// for each rounding to it (two if `expected` was rounded, too); else the first element that is further off.
+inline std::string difference(const Tensor& actual, const std::vector<double>& expected, double relative,
+                              double also = 0, int roundings = 1) {
   const auto found = values(actual);
   std::ostringstream text;
   text.precision(17);
@@ -77,9 +84,11 @@ inline std::string difference(const Tensor& actual, const std::vector<double>& e
     return text.str();
   }
   for (size_t index = 0; index < found.size(); ++index) {
-    const double tolerance = relative * (std::abs(expected[index]) + also) + roundings * half_step(expected[index], actual.scalar_type());
+    const double tolerance =
+        relative * (std::abs(expected[index]) + also) + roundings * half_step(expected[index], actual.scalar_type());
     if (found[index] == expected[index] || std::abs(found[index] - expected[index]) <= tolerance) continue;
-    text << found[index] << " at " << index << " where " << expected[index] << " is expected, " << tolerance << " at most off";
+    text << found[index] << " at " << index << " where " << expected[index] << " is expected, " << tolerance
+         << " at most off";
     return text.str();
   }
   return {};
@@ -96,12 +105,13 @@ inline bool same_bits(const Tensor& left, const Tensor& right) {
          (a.numel() == 0 || std::memcmp(a.data_ptr(), b.data_ptr(), a.nbytes()) == 0);
 }
 
-inline Tensor gradient(const Tensor& loss, const Tensor& input, const Tensor& upstream = {}, bool create_graph = false) {
+inline Tensor gradient(const Tensor& loss, const Tensor& input, const Tensor& upstream = {},
+                       bool create_graph = false) {
   return torch::autograd::grad({loss}, {input}, {upstream}, /*retain_graph=*/true, create_graph)[0];
 }
 
-/// Gradient of a scalar function at x (float64) by five points. With steps h = 1/256 the error is h^4/30 |f^(5)|, 1e-9 for a
-/// fifth derivative of 100, and the rounding of values near 10 adds 1e-15/h < 1e-12.
+/// Gradient of a scalar function at x (float64) by five points. With steps h = 1/256 the error is h^4/30 |f^(5)|, 1e-9
+/// for a fifth derivative of 100, and the rounding of values near 10 adds 1e-15/h < 1e-12.
 inline Tensor five_point_gradient(const std::function<double(const Tensor&)>& function, const Tensor& x) {
   constexpr double step = 1.0 / 256;
   const Tensor result = torch::zeros(x.sizes(), torch::kDouble);

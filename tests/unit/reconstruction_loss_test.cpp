@@ -7,16 +7,16 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-
 ReconstructionLossOptions with(Reduction reduction, int64_t ignore_index = -100) {
   return ReconstructionLossOptions().reduction(reduction).ignore_index(ignore_index);
 }
 
-/// In units of the type of arithmetic. Of a position's loss (m - x_y) + log1p(sum exp(x_j - m)): the differences are exact for
-/// these inputs; 1 for exp, 4 for sums of at most 67 terms in 8 lanes (8 additions of a half each), 1 for log1p, a half for
-/// the addition; both parts are >= 0. The sum over positions is taken in float64, its rounding is `difference`'s half step.
-/// Of a gradient p_j / T: 1 for exp, 4 for the sum, a half each for 1 + sum, the quotient, 1/T and the product, two more
-/// halves at the target, where p - 1 is no smaller than p or is taken as a sum over the others.
+/// In units of the type of arithmetic. Of a position's loss (m - x_y) + log1p(sum exp(x_j - m)): the differences are
+/// exact for these inputs; 1 for exp, 4 for sums of at most 67 terms in 8 lanes (8 additions of a half each), 1 for
+/// log1p, a half for the addition; both parts are >= 0. The sum over positions is taken in float64, its rounding is
+/// `difference`'s half step. Of a gradient p_j / T: 1 for exp, 4 for the sum, a half each for 1 + sum, the quotient,
+/// 1/T and the product, two more halves at the target, where p - 1 is no smaller than p or is taken as a sum over the
+/// others.
 constexpr double steps = 8;
 
 }  // namespace
@@ -93,19 +93,23 @@ TEST_CASE("Cross entropy agrees with finite differences in both orders", "[recon
     check_gradients([&](const Tensor& x) { return compute_reconstruction_loss(x, targets).square() / 4; }, at);
   }
   SECTION("of weighted losses") {
-    check_gradients([&](const Tensor& x) {
-      return (compute_reconstruction_loss(x, targets, with(torch::kNone)) * weights).sum();
-    }, at);
+    check_gradients(
+        [&](const Tensor& x) { return (compute_reconstruction_loss(x, targets, with(torch::kNone)) * weights).sum(); },
+        at);
   }
   SECTION("of weighted squares of losses") {
-    check_gradients([&](const Tensor& x) {
-      return (compute_reconstruction_loss(x, targets, with(torch::kNone)).square() * weights).sum() / 16;
-    }, at);
+    check_gradients(
+        [&](const Tensor& x) {
+          return (compute_reconstruction_loss(x, targets, with(torch::kNone)).square() * weights).sum() / 16;
+        },
+        at);
   }
   SECTION("of the sum, through other operations on the same logits") {
-    check_gradients([&](const Tensor& x) {
-      return compute_reconstruction_loss(x.tanh() * 2, targets, with(torch::kSum)) + x.square().sum() / 8;
-    }, at);
+    check_gradients(
+        [&](const Tensor& x) {
+          return compute_reconstruction_loss(x.tanh() * 2, targets, with(torch::kSum)) + x.square().sum() / 8;
+        },
+        at);
   }
 }
 
@@ -134,7 +138,8 @@ TEST_CASE("A masked vocabulary has second derivatives, too", "[reconstruction][g
   const Tensor kept = torch::tensor({0, 1, 3, 4});
   const Tensor small = leaf(at.index_select(1, kept));
   const Tensor small_targets = tensor(std::vector<int64_t>{1, 0, 2}, {3});
-  const Tensor small_first = gradient(compute_reconstruction_loss(small, small_targets), small, {}, /*create_graph=*/true);
+  const Tensor small_first =
+      gradient(compute_reconstruction_loss(small, small_targets), small, {}, /*create_graph=*/true);
   const Tensor expected = gradient((small_first * direction.index_select(1, kept)).sum(), small);
   const Tensor found = second(x.masked_fill(masked, -INFINITY), direction);
   CHECK(difference(found.index_select(1, kept), expected, 1e-14) == "");
@@ -163,7 +168,8 @@ TEST_CASE("Every layout of the logits gives the numbers of contiguous ones", "[r
     };
     for (const auto& [name, view] : layouts) {
       INFO(name);
-      const Tensor targets = (torch::arange(view.numel() / view.size(-1)) * 5).remainder(view.size(-1))
+      const Tensor targets = (torch::arange(view.numel() / view.size(-1)) * 5)
+                                 .remainder(view.size(-1))
                                  .reshape(view.sizes().slice(0, static_cast<size_t>(view.dim() - 1)));
       const Tensor strided = leaf(view), contiguous = leaf(view.contiguous());
       for (const Reduction& reduction : {Reduction(torch::kMean), Reduction(torch::kSum), Reduction(torch::kNone)}) {
@@ -182,10 +188,12 @@ TEST_CASE("Every layout of the logits gives the numbers of contiguous ones", "[r
 }
 
 TEST_CASE("Unreduced losses have the shape of the targets", "[reconstruction][layout]") {
-  for (const std::vector<int64_t>& shape : {std::vector<int64_t>{7}, {3, 7}, {2, 3, 7}, {2, 3, 4, 7}, {0, 7}, {2, 0, 7}}) {
+  for (const std::vector<int64_t>& shape :
+       {std::vector<int64_t>{7}, {3, 7}, {2, 3, 7}, {2, 3, 4, 7}, {0, 7}, {2, 0, 7}}) {
     const Tensor logits = eighths(shape);
     const std::vector<int64_t> positions(shape.begin(), shape.end() - 1);
-    const Tensor losses = compute_reconstruction_loss(logits, torch::zeros(positions, torch::kLong), with(torch::kNone));
+    const Tensor losses =
+        compute_reconstruction_loss(logits, torch::zeros(positions, torch::kLong), with(torch::kNone));
     CHECK(losses.sizes() == torch::IntArrayRef(positions));
   }
 }
@@ -212,7 +220,8 @@ TEST_CASE("Targets of every integer type are accepted, in any layout", "[reconst
   for (const auto type : types) {
     INFO(type);
     CHECK(same_bits(compute_reconstruction_loss(logits, targets.to(type)), expected));
-    CHECK(same_bits(compute_reconstruction_loss(logits, targets.to(type).contiguous(), /*ignore_index=*/255), expected));
+    CHECK(
+        same_bits(compute_reconstruction_loss(logits, targets.to(type).contiguous(), /*ignore_index=*/255), expected));
   }
 }
 
@@ -223,7 +232,8 @@ TEST_CASE("An ignore_index of 255 fits targets of eight bits", "[reconstruction]
   CHECK(same_bits(compute_reconstruction_loss(logits, bytes, /*ignore_index=*/255), expected));
 }
 
-TEST_CASE("Ignored positions have no loss and exactly no gradient, whatever their logits", "[reconstruction][gradient]") {
+TEST_CASE("Ignored positions have no loss and exactly no gradient, whatever their logits",
+          "[reconstruction][gradient]") {
   for (const auto type : all_types) {
     for (const double garbage : {not_a_number, reference::inf, -reference::inf}) {
       INFO(type << ", " << garbage);
@@ -254,7 +264,8 @@ TEST_CASE("Nothing that counts gives a loss of 0 with a graph, and no gradient",
       for (const int64_t rows : {0, 3}) {
         INFO(type << ", " << rows << " rows");
         const Tensor logits = leaf(torch::full({rows, 6}, not_a_number, type));
-        const Tensor loss = compute_reconstruction_loss(logits, torch::full({rows}, -100, torch::kLong), with(reduction));
+        const Tensor loss =
+            compute_reconstruction_loss(logits, torch::full({rows}, -100, torch::kLong), with(reduction));
         REQUIRE(loss.requires_grad());
         CHECK(loss.count_nonzero().item<int64_t>() == 0);
         loss.sum().backward();
@@ -295,7 +306,8 @@ TEST_CASE("Adding a number to all logits of a row changes nothing", "[reconstruc
   const Tensor logits = leaf(eighths({4, 9}, torch::kFloat));
   const Tensor targets = tensor(std::vector<int64_t>{8, 0, 3, 3}, {4});
   const Tensor shifted = leaf(logits + tensor(std::vector<double>{16384, -16384, 1024, 0.125}, {4, 1}, torch::kFloat));
-  const Tensor loss = compute_reconstruction_loss(logits, targets), other = compute_reconstruction_loss(shifted, targets);
+  const Tensor loss = compute_reconstruction_loss(logits, targets),
+               other = compute_reconstruction_loss(shifted, targets);
   CHECK(same_bits(loss, other));
   CHECK(same_bits(gradient(loss, logits), gradient(other, shifted)));
 }
@@ -339,7 +351,8 @@ TEST_CASE("A kept graph can be walked again, one that was not kept cannot", "[re
   const Tensor first = logits.grad().clone();
   loss.backward();
   CHECK(same_bits(logits.grad(), first * 2));
-  CHECK_THAT(error_of([&] { loss.backward(); }), Catch::Matchers::StartsWith("Trying to backward through the graph a second time"));
+  CHECK_THAT(error_of([&] { loss.backward(); }),
+             Catch::Matchers::StartsWith("Trying to backward through the graph a second time"));
 }
 
 TEST_CASE("Logits that were changed after the loss make backward an error", "[reconstruction][graph]") {

@@ -1,4 +1,5 @@
-// What a call may use, for all losses: threads without a trace in the result, one gradient of memory, no look at the device.
+// What a call may use, for all losses: threads without a trace in the result, one gradient of memory, no look at the
+// device.
 #include <ATen/ExpandUtils.h>
 #include <ATen/record_function.h>
 #include <torch/library.h>
@@ -14,9 +15,11 @@ using namespace numeric;
 
 constexpr torch::ScalarType types[] = {torch::kFloat, torch::kDouble, torch::kBFloat16};
 
-/// Rows are handled in blocks of 2^18 elements. Of the cross entropy eight may be at work at one time in the type of its
-/// arithmetic, of the KL twelve in float64.
-int64_t blocks(int64_t count, torch::ScalarType type) { return count * (int64_t{1} << 18) * (type == torch::kDouble ? 8 : 4); }
+/// Rows are handled in blocks of 2^18 elements. Of the cross entropy eight may be at work at one time in the type of
+/// its arithmetic, of the KL twelve in float64.
+int64_t blocks(int64_t count, torch::ScalarType type) {
+  return count * (int64_t{1} << 18) * (type == torch::kDouble ? 8 : 4);
+}
 
 /// The operations that were called in this thread while the function ran.
 template <typename Function>
@@ -34,8 +37,9 @@ std::vector<std::string> operations_of(const Function& function) {
 }
 
 bool reads_a_value(const std::string& operation) {
-  for (const char* reader : {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero",
-                             "aten::allclose", "aten::masked_select", "aten::unique_dim", "aten::_unique2"}) {
+  for (const char* reader :
+       {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::allclose",
+        "aten::masked_select", "aten::unique_dim", "aten::_unique2"}) {
     if (operation == reader) return true;
   }
   return false;
@@ -58,7 +62,8 @@ std::vector<Tensor> everything(const Tensor& logits, const Tensor& targets, cons
 
 template <typename FreeBits>
 void check_threads(const Tensor& logits, const Tensor& z_logits) {
-  const Tensor targets = (torch::arange(logits.numel() / logits.size(-1)) * 7919).remainder(logits.size(-1))
+  const Tensor targets = (torch::arange(logits.numel() / logits.size(-1)) * 7919)
+                             .remainder(logits.size(-1))
                              .reshape(logits.sizes().slice(0, static_cast<size_t>(logits.dim() - 1)));
   const auto run = [&] { return everything<FreeBits>(logits, targets, z_logits); };
   const auto one = with_threads(1, run);
@@ -93,9 +98,7 @@ TORCH_LIBRARY_IMPL(aten, Meta, library) {
 TEST_CASE("Any number of threads gives the same bits", "[threads]") {
   const auto type = GENERATE(torch::kFloat, torch::kDouble, torch::kBFloat16);
   INFO(type);
-  SECTION("many positions") {
-    check_threads<PerPosition>(random({200001, 5}, type), random({50001, 16}, type));
-  }
+  SECTION("many positions") { check_threads<PerPosition>(random({200001, 5}, type), random({50001, 16}, type)); }
   SECTION("many positions, a budget for each bit and for the batch") {
     check_threads<PerBit>(random({40001, 3}, type), random({40001, 7}, type));
     check_threads<BatchMean>(random({40001, 3}, type), random({40001, 7}, type));
@@ -147,8 +150,8 @@ TEST_CASE("The latent KL needs one gradient of memory beside the logits", "[memo
 TEST_CASE("The memory that is counted is what tensors take", "[memory]") {
   CHECK(peak_of([] { torch::empty({1000}, torch::kDouble) + torch::ones({1000}, torch::kDouble); }) >= 24000);
   CHECK(peak_of([] {
-    for (int repeat = 0; repeat < 10; ++repeat) torch::empty({1000}, torch::kDouble);
-  }) < 9000);
+          for (int repeat = 0; repeat < 10; ++repeat) torch::empty({1000}, torch::kDouble);
+        }) < 9000);
 }
 
 TEMPLATE_TEST_CASE("The whole loss reads no value, neither forward nor backward", "[vae][metrics][device]", PerPosition,

@@ -9,15 +9,19 @@ using namespace numeric;
 
 const Tensor targets = numeric::tensor(std::vector<int64_t>{4, -100, 2, 0}, {4});
 
-VAELossOutput call(const reference::VAECase& input, const Tensor& logits, const Tensor& labels, const Tensor& z_logits) {
+VAELossOutput call(const reference::VAECase& input, const Tensor& logits, const Tensor& labels,
+                   const Tensor& z_logits) {
   const auto with = [&](auto policy) {
-    return compute_vae_loss<decltype(policy)>(logits, labels, z_logits, input.latent_dim, input.beta_kl, input.free_bits,
-                                              input.ignore_index);
+    return compute_vae_loss<decltype(policy)>(logits, labels, z_logits, input.latent_dim, input.beta_kl,
+                                              input.free_bits, input.ignore_index);
   };
   switch (input.policy) {
-    case reference::Policy::PerBit: return with(PerBit());
-    case reference::Policy::BatchMean: return with(BatchMean());
-    default: return with(PerPosition());
+    case reference::Policy::PerBit:
+      return with(PerBit());
+    case reference::Policy::BatchMean:
+      return with(BatchMean());
+    default:
+      return with(PerPosition());
   }
 }
 
@@ -45,7 +49,8 @@ struct HalfPrice {
 
 }  // namespace user
 
-TEST_CASE("The whole loss, its metrics and its gradients have the values of their equations", "[vae][metrics][reference]") {
+TEST_CASE("The whole loss, its metrics and its gradients have the values of their equations",
+          "[vae][metrics][reference]") {
   for (const auto& expected : reference::vae_cases) {
     for (const auto type : all_types) {
       if (!holds(type, expected.exact)) continue;
@@ -55,8 +60,9 @@ TEST_CASE("The whole loss, its metrics and its gradients have the values of thei
       const Tensor z_logits = leaf(tensor(expected.z_logits, {rows, expected.latent_dim}, type));
       const auto [loss, metrics] = call(expected, logits, tensor(expected.targets, {rows}), z_logits);
 
-      // As in the tests of both terms, 8 steps of the arithmetic in which the likelihood is computed and 16 of float64 for
-      // the KL, kappa (one a bit for PerBit) included. exp makes the absolute error of the likelihood a relative one.
+      // As in the tests of both terms, 8 steps of the arithmetic in which the likelihood is computed and 16 of float64
+      // for the KL, kappa (one a bit for PerBit) included. exp makes the absolute error of the likelihood a relative
+      // one.
       const double likelihood = expected.metrics[1];
       const double relative = 8 * epsilon(arithmetic(type)) * (1 + likelihood);
       const double budget = expected.free_bits * static_cast<double>(expected.latent_dim) * (1 + expected.beta_kl);
@@ -115,21 +121,27 @@ TEST_CASE("The whole loss is the sum of its terms", "[vae]") {
 }
 
 TEST_CASE("The whole loss agrees with finite differences in both orders", "[vae][gradient]") {
-  const Tensor at = tensor(std::vector<double>{1, -2, 0.5, 3, -1, 0, 2, 0.25, -0.5, 3, 0.5, 0.125, 0, -1.75, 1, 2}, {2, 8});
+  const Tensor at =
+      tensor(std::vector<double>{1, -2, 0.5, 3, -1, 0, 2, 0.25, -0.5, 3, 0.5, 0.125, 0, -1.75, 1, 2}, {2, 8});
   const Tensor labels = tensor(std::vector<int64_t>{4, 1}, {2});
-  check_gradients([&](const Tensor& x) {  // five classes and three bits that share what they come from
-    return compute_vae_loss(x.slice(1, 0, 5), labels, x.slice(1, 4, 7), 3, 0.5, 0.125).loss;
-  }, at);
-  check_gradients([&](const Tensor& x) {
-    return compute_vae_loss<BatchMean>(x.slice(1, 0, 5), labels, x.slice(1, 4, 7), 3, 0.5, 0.125).loss.square() / 4;
-  }, at);
+  check_gradients(
+      [&](const Tensor& x) {  // five classes and three bits that share what they come from
+        return compute_vae_loss(x.slice(1, 0, 5), labels, x.slice(1, 4, 7), 3, 0.5, 0.125).loss;
+      },
+      at);
+  check_gradients(
+      [&](const Tensor& x) {
+        return compute_vae_loss<BatchMean>(x.slice(1, 0, 5), labels, x.slice(1, 4, 7), 3, 0.5, 0.125).loss.square() / 4;
+      },
+      at);
 }
 
 TEST_CASE("Each term may go without a gradient", "[vae][gradient]") {
   const Tensor logits = eighths({4, 5}), z_logits = eighths({4, 3});
   const Tensor of_logits = leaf(logits), of_z = leaf(z_logits);
   const Tensor both = compute_vae_loss(of_logits, targets, of_z, 3).loss;
-  CHECK(same_bits(gradient(compute_vae_loss(of_logits, targets, z_logits, 3).loss, of_logits), gradient(both, of_logits)));
+  CHECK(same_bits(gradient(compute_vae_loss(of_logits, targets, z_logits, 3).loss, of_logits),
+                  gradient(both, of_logits)));
   CHECK(same_bits(gradient(compute_vae_loss(logits, targets, of_z, 3).loss, of_z), gradient(both, of_z)));
   CHECK_FALSE(compute_vae_loss(logits, targets, z_logits, 3).loss.requires_grad());
 }
@@ -145,10 +157,12 @@ TEST_CASE("Logits and latent logits may differ in type and in the number of posi
 
 TEST_CASE("A head and a policy of one's own combine with the rest", "[vae]") {
   const Tensor hidden = leaf(eighths({4, 3})), weight = leaf(eighths({3, 5})), z_logits = leaf(eighths({4, 3}));
-  const auto [loss, metrics] = compute_vae_loss<user::HalfPrice>(user::Head{hidden, weight}, targets, z_logits, 3, 0.5, 0.25);
-  const Tensor kl = compute_kl_divergence(z_logits, KLDivergenceOptions().latent_dim(3).free_bits(0).reduction(torch::kNone));
-  const Tensor expected = compute_reconstruction_loss(hidden.matmul(weight), targets) +
-                          0.5 * (kl - kl.clamp_max(0.25) / 2).mean();
+  const auto [loss, metrics] =
+      compute_vae_loss<user::HalfPrice>(user::Head{hidden, weight}, targets, z_logits, 3, 0.5, 0.25);
+  const Tensor kl =
+      compute_kl_divergence(z_logits, KLDivergenceOptions().latent_dim(3).free_bits(0).reduction(torch::kNone));
+  const Tensor expected =
+      compute_reconstruction_loss(hidden.matmul(weight), targets) + 0.5 * (kl - kl.clamp_max(0.25) / 2).mean();
   CHECK(difference(loss, expected, 1e-14) == "");
   CHECK(std::abs(metrics.at("loss/total") - loss.item<double>()) <= 1e-14 * loss.item<double>());
   for (const Tensor& input : {hidden, weight, z_logits}) {

@@ -1,5 +1,5 @@
-/// What is refused, and in what words: "function: argument must ..., got ...". Everything is checked before the first write.
-/// Values are looked at on the CPU only: on any other device that would stall its stream.
+/// What is refused, and in what words: "function: argument must ..., got ...". Everything is checked before the first
+/// write. Values are looked at on the CPU only: on any other device that would stall its stream.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,8 +16,8 @@ inline void check_not_negative(const char* function, const char* argument, doubl
 
 inline void check_defined(const char* function, const char* argument, const at::Tensor& tensor) {
   TORCH_CHECK(tensor.defined(), function, ": ", argument, " must be a defined tensor, got an undefined one");
-  TORCH_CHECK(tensor.layout() == at::kStrided, function, ": ", argument, " must be a dense (strided) tensor, got layout ",
-              tensor.layout());
+  TORCH_CHECK(tensor.layout() == at::kStrided, function, ": ", argument,
+              " must be a dense (strided) tensor, got layout ", tensor.layout());
 }
 
 inline void check_floating(const char* function, const char* argument, const at::Tensor& tensor) {
@@ -27,16 +27,17 @@ inline void check_floating(const char* function, const char* argument, const at:
               argument, " must be of type float64, float32, float16 or bfloat16, got ", type);
 }
 
-inline void check_device(const char* function, const char* argument, const at::Tensor& tensor, const char* other_argument,
-                         const at::Device& device) {
+inline void check_device(const char* function, const char* argument, const at::Tensor& tensor,
+                         const char* other_argument, const at::Device& device) {
   TORCH_CHECK(tensor.device() == device, function, ": ", argument, " must be on the device of ", other_argument, ", ",
               device, ", got ", tensor.device());
 }
 
-/// Weights, priors and class probabilities are constants here: a gradient that silently never came would be a wrong number.
+/// Weights, priors and class probabilities are constants here: a gradient that silently never came would be a wrong
+/// number.
 inline void check_constant(const char* function, const char* argument, const at::Tensor& tensor) {
-  TORCH_CHECK(!tensor.requires_grad(), function, ": ", argument, " must not require grad (it gets none; detach it), got ",
-              "requires_grad = true");
+  TORCH_CHECK(!tensor.requires_grad(), function, ": ", argument,
+              " must not require grad (it gets none; detach it), got ", "requires_grad = true");
 }
 
 /// Logits with the classes or the bits in the last dimension.
@@ -73,7 +74,8 @@ inline void check_weight_values(const char* function, const char* argument, cons
   }
 }
 
-/// The weight of each position as [N] of the given type; undefined if there is none. positions is the shape of the targets.
+/// The weight of each position as [N] of the given type; undefined if there is none. positions is the shape of the
+/// targets.
 inline at::Tensor checked_token_weight(const char* function, const at::Tensor& token_weight, at::IntArrayRef positions,
                                        const at::Device& device, at::ScalarType type) {
   if (!token_weight.defined()) return {};
@@ -81,7 +83,8 @@ inline at::Tensor checked_token_weight(const char* function, const at::Tensor& t
   TORCH_CHECK(token_weight.is_floating_point() || token_weight.scalar_type() == at::kBool, function,
               ": token_weight must be bool or floating, got ", token_weight.scalar_type());
   TORCH_CHECK(token_weight.sizes() == positions, function,
-              ": token_weight must have one value for each position, shape ", positions, ", got ", token_weight.sizes());
+              ": token_weight must have one value for each position, shape ", positions, ", got ",
+              token_weight.sizes());
   check_device(function, "token_weight", token_weight, "the logits", device);
   check_constant(function, "token_weight", token_weight);
   check_weight_values(function, "token_weight", token_weight);
@@ -101,7 +104,8 @@ inline at::Tensor checked_class_weight(const char* function, const at::Tensor& w
   return weight.to(type).contiguous();
 }
 
-inline void check_target_values(const char* function, const at::Tensor& targets, int64_t classes, int64_t ignore_index) {
+inline void check_target_values(const char* function, const at::Tensor& targets, int64_t classes,
+                                int64_t ignore_index) {
   if (!targets.device().is_cpu()) return;
   const int64_t* data = targets.data_ptr<int64_t>();
   for (int64_t position = 0; position < targets.numel(); ++position) {

@@ -11,9 +11,9 @@ namespace free_transformer::detail {
 ///     loss = u [(1-epsilon) w_y nll + epsilon/V sum_c w_c (lse - x_c)] + u z lse^2,     nll = lse - x_y
 /// and for class probabilities q instead of y the bracket is sum_c w_c ((1-epsilon) q_c + epsilon/V) (lse - x_c).
 struct CrossEntropyTerms {
-  at::Tensor targets;        ///< [N] int64, or [N, V] class probabilities; every tensor here is contiguous
-  at::Tensor token_weight;   ///< [N] in the type of arithmetic, or undefined
-  at::Tensor class_weight;   ///< [V] in the type of arithmetic, or undefined
+  at::Tensor targets;       ///< [N] int64, or [N, V] class probabilities; every tensor here is contiguous
+  at::Tensor token_weight;  ///< [N] in the type of arithmetic, or undefined
+  at::Tensor class_weight;  ///< [V] in the type of arithmetic, or undefined
   int64_t ignore_index = -100;
   double label_smoothing = 0.0;
   double z_loss = 0.0;

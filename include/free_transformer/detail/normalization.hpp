@@ -9,7 +9,8 @@ namespace free_transformer::detail {
 
 /// A 0-dim tensor of float32 or float64 on the CPU as a number.
 inline double host_value(const at::Tensor& scalar) {
-  return scalar.scalar_type() == at::kDouble ? *scalar.data_ptr<double>() : static_cast<double>(*scalar.data_ptr<float>());
+  return scalar.scalar_type() == at::kDouble ? *scalar.data_ptr<double>()
+                                             : static_cast<double>(*scalar.data_ptr<float>());
 }
 
 enum class ReductionKind { mean, sum, none };
@@ -20,8 +21,8 @@ struct Normalization {
   std::optional<at::Tensor> tensor;
 };
 
-/// The factor of every weighted loss, 0-dim and in the type of weight_sum: 1/normalizer or 1/weight_sum for a mean, else 1.
-/// It is 0 if there is no weight at all, so that a mean over nothing is 0 and not NaN.
+/// The factor of every weighted loss, 0-dim and in the type of weight_sum: 1/normalizer or 1/weight_sum for a mean,
+/// else 1. It is 0 if there is no weight at all, so that a mean over nothing is 0 and not NaN.
 inline at::Tensor loss_scale(const Normalization& normalization, const at::Tensor& weight_sum) {
   if (normalization.reduction != ReductionKind::mean) return at::ones_like(weight_sum);
   if (normalization.number) return at::full_like(weight_sum, 1.0 / *normalization.number);

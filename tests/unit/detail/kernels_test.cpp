@@ -52,7 +52,8 @@ struct Outcome {
 Outcome by_kernel(const Job& job, const Tensor& gradient) {
   const auto terms = job.terms(arithmetic(job.logits.scalar_type()));
   REQUIRE(kernels::takes_cross_entropy(job.logits, terms));
-  const auto scales = kernels::cross_entropy_scales(terms, losses::Normalization{}, arithmetic(job.logits.scalar_type()));
+  const auto scales =
+      kernels::cross_entropy_scales(terms, losses::Normalization{}, arithmetic(job.logits.scalar_type()));
   const auto rows = kernels::cross_entropy_rows(job.logits, terms, scales, gradient, {}, /*predict=*/false);
   return {kernels::cross_entropy_losses(rows, terms), gradient};
 }
@@ -70,9 +71,9 @@ Outcome by_operations(const Job& job) {
           plain::cross_entropy_gradient(logits, terms, positions, rows, scale, z_scale)};
 }
 
-/// A float32 row: 1.2 for exp, 4 for at most 16 additions in each of 4 x lanes sums and their tree, 1 for the largest of the
-/// two parts of a loss; a gradient has 1 more for its factor and product. Sums of terms of both signs (smoothing, z-loss) are
-/// measured by the size of their parts, hence `also`.
+/// A float32 row: 1.2 for exp, 4 for at most 16 additions in each of 4 x lanes sums and their tree, 1 for the largest
+/// of the two parts of a loss; a gradient has 1 more for its factor and product. Sums of terms of both signs
+/// (smoothing, z-loss) are measured by the size of their parts, hence `also`.
 constexpr double steps = 10;
 
 void check_against_operations(const Job& job, double also) {
@@ -265,7 +266,8 @@ TEST_CASE("The KL of a bit is within 2 ulp and its gradient within 4", "[kernels
   for (const auto set : available()) {
     const Forced forced(set);
     const Tensor input = leaf(z);
-    const Tensor kl = compute_kl_divergence(input, KLDivergenceOptions().latent_dim(1).free_bits(0).reduction(torch::kNone));
+    const Tensor kl =
+        compute_kl_divergence(input, KLDivergenceOptions().latent_dim(1).free_bits(0).reduction(torch::kNone));
     CHECK(ulp_off(kl, expected.squeeze(1)) <= 2);
     const Tensor moderate = wide.abs() < 80;  // beyond, the slope leaves the normal numbers
     const Tensor found = gradient(kl.sum(), input).to(torch::kDouble);
@@ -308,7 +310,8 @@ TEST_CASE("The kernels' bits do not depend on the number of threads", "[kernels]
       return with_threads(threads, [&] {
         const Tensor x = leaf(logits), latent = leaf(z);
         const auto [loss, metrics] = compute_vae_loss(x, targets, latent);
-        return std::vector<Tensor>{loss, gradient(loss, x), gradient(loss, latent), torch::tensor(metrics.at("bound/elbo"))};
+        return std::vector<Tensor>{loss, gradient(loss, x), gradient(loss, latent),
+                                   torch::tensor(metrics.at("bound/elbo"))};
       });
     };
     const auto one = run(1);

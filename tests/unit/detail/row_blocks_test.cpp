@@ -24,7 +24,8 @@ Tensor visited(const Tensor& tensor) {
 
 TEST_CASE("Blocks are all rows of a tensor, in order, whatever its layout", "[row_blocks]") {
   const Tensor base = torch::arange(2 * 3 * 4 * 5, torch::kDouble).reshape({2, 3, 4, 5});
-  for (const std::vector<int64_t>& order : {std::vector<int64_t>{0, 1, 2, 3}, {1, 0, 2, 3}, {2, 1, 0, 3}, {3, 2, 1, 0}, {0, 3, 1, 2}}) {
+  for (const std::vector<int64_t>& order :
+       {std::vector<int64_t>{0, 1, 2, 3}, {1, 0, 2, 3}, {2, 1, 0, 3}, {3, 2, 1, 0}, {0, 3, 1, 2}}) {
     const Tensor permuted = base.permute(order);
     for (const Tensor& tensor : {permuted, permuted.slice(1, 1), permuted.slice(2, 0, 1), permuted.slice(0, 0, 1),
                                  permuted.select(0, 1), permuted.select(1, 0).select(0, 0), permuted.slice(0, 0, 0),
@@ -39,7 +40,8 @@ TEST_CASE("A block of the CPU holds 2^18 elements, and one row at least", "[row_
   for (const auto& [shape, expected] : std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>{
            {{1000, 1000}, {262, 262, 262, 214}}, {{3, 300000}, {1, 1, 1}}, {{262145, 1}, {262144, 1}}}) {
     std::vector<int64_t> sizes;
-    rows::for_each_row_block(torch::empty(shape), 0, [&](const Tensor& block, int64_t) { sizes.push_back(block.size(0)); });
+    rows::for_each_row_block(torch::empty(shape), 0,
+                             [&](const Tensor& block, int64_t) { sizes.push_back(block.size(0)); });
     CHECK(sizes == expected);
   }
 }

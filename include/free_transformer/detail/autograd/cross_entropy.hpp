@@ -1,9 +1,9 @@
 /// Cross entropy as a node of the graph: by the vector kernels where they can, else in LibTorch operations.
 ///
-/// The kernels finish the gradient in the forward pass, while a row is in the cache; backward hands it out, times what comes
-/// from upstream. Saved then: the logits and their gradient. A second backward computes it anew. In LibTorch operations, or
-/// with a gradient of its own for each position (kNone), backward computes the gradient; saved: the logits, five numbers a
-/// position.
+/// The kernels finish the gradient in the forward pass, while a row is in the cache; backward hands it out, times what
+/// comes from upstream. Saved then: the logits and their gradient. A second backward computes it anew. In LibTorch
+/// operations, or with a gradient of its own for each position (kNone), backward computes the gradient; saved: the
+/// logits, five numbers a position.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -63,7 +63,8 @@ inline CrossEntropyResult kernel_cross_entropy_forward(const at::Tensor& logits,
                                                        bool count_hits, const at::Tensor& gradient,
                                                        CrossEntropyState& state) {
   const auto options = logits.options().dtype(arithmetic_type(logits.scalar_type()));
-  const auto scales = kernels::cross_entropy_scales(state.terms, normalization, c10::typeMetaToScalarType(options.dtype()));
+  const auto scales =
+      kernels::cross_entropy_scales(state.terms, normalization, c10::typeMetaToScalarType(options.dtype()));
   const bool for_each = normalization.reduction == ReductionKind::none;
   const auto rows = kernels::cross_entropy_rows(logits, state.terms, scales, gradient, /*upstream=*/{}, count_hits);
   const at::Tensor sums = kernels::reconstruction_sums(rows, state.terms, scales);
@@ -86,7 +87,8 @@ inline CrossEntropyResult cross_entropy_forward(const at::Tensor& logits, const 
 }
 
 /// The gradient for `upstream`, 0-dim or [N] in the type of arithmetic, without a graph.
-inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, CrossEntropyState& state, const at::Tensor& upstream) {
+inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, CrossEntropyState& state,
+                                         const at::Tensor& upstream) {
   const at::NoGradGuard no_grad;
   if (state.gradient.defined()) {
     const at::Tensor gradient = std::exchange(state.gradient, at::Tensor());
@@ -96,7 +98,7 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, CrossEntropyS
   }
   if (state.rows.nll.defined()) {
     const auto positions = plain::cross_entropy_positions(state.terms, logits.size(-1), upstream.scalar_type());
-    return plain::cross_entropy_gradient(logits, state.terms, positions, state.rows, 
+    return plain::cross_entropy_gradient(logits, state.terms, positions, state.rows,
                                          upstream * state.likelihood_scale.to(upstream.scalar_type()),
                                          upstream * state.z_scale.to(upstream.scalar_type()));
   }
@@ -108,7 +110,8 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, CrossEntropyS
 }
 
 /// The gradient; while a graph of it is built (create_graph), it has the derivative of a differentiable expression.
-inline at::Tensor cross_entropy_backward(const at::Tensor& logits, CrossEntropyState& state, const at::Tensor& upstream) {
+inline at::Tensor cross_entropy_backward(const at::Tensor& logits, CrossEntropyState& state,
+                                         const at::Tensor& upstream) {
   const auto type = arithmetic_type(logits.scalar_type());
   const at::Tensor flat = upstream.dim() == 0 ? upstream.to(type) : upstream.reshape({-1}).to(type);
   const at::Tensor gradient = cross_entropy_gradient(logits, state, flat);
@@ -125,7 +128,8 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
                             at::Tensor* sums) {
     auto state = c10::make_intrusive<CrossEntropyState>();
     state->terms = kept_terms(terms);
-    CrossEntropyResult result = cross_entropy_forward(logits, normalization, count_hits, /*needs_gradient=*/true, *state);
+    CrossEntropyResult result =
+        cross_entropy_forward(logits, normalization, count_hits, /*needs_gradient=*/true, *state);
     *sums = std::move(result.sums);
     context->save_for_backward({logits, terms.has_probabilities() ? terms.targets : at::Tensor()});
     context->saved_data["state"] = c10::IValue::make_capsule(std::move(state));

@@ -1,7 +1,7 @@
 /// Cross entropy whose gradient is written over the logits, and what keeps a wrong use from being a wrong number.
 ///
-/// Autograd sees the logits as changed in place by this node: an operation that has saved them before refuses its backward,
-/// and whoever reads them afterwards gets this node for their history, which refuses a gradient for them.
+/// Autograd sees the logits as changed in place by this node: an operation that has saved them before refuses its
+/// backward, and whoever reads them afterwards gets this node for their history, which refuses a gradient for them.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -21,8 +21,10 @@ struct InplaceState : torch::CustomClassHolder {
 };
 
 inline void check_may_be_overwritten(const char* function, const at::Tensor& logits) {
-  const bool is_leaf = logits.is_leaf() || (logits.is_view() && logits._base().is_leaf() && logits._base().requires_grad());
-  TORCH_CHECK(!is_leaf, function, ": logits must not be a leaf that requires grad, or a view of one, with inplace: its value ",
+  const bool is_leaf =
+      logits.is_leaf() || (logits.is_view() && logits._base().is_leaf() && logits._base().requires_grad());
+  TORCH_CHECK(!is_leaf, function,
+              ": logits must not be a leaf that requires grad, or a view of one, with inplace: its value ",
               "would be lost");
   for (int64_t dim = 0; dim < logits.dim(); ++dim) {
     TORCH_CHECK(logits.stride(dim) != 0 || logits.size(dim) <= 1, function,
@@ -59,8 +61,10 @@ struct OverwrittenFunction : torch::autograd::Function<OverwrittenFunction> {
     return logits;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
-    TORCH_CHECK(false, "compute_reconstruction_loss: logits were read after inplace had overwritten them with their gradient");
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 const torch::autograd::variable_list&) {
+    TORCH_CHECK(false,
+                "compute_reconstruction_loss: logits were read after inplace had overwritten them with their gradient");
   }
 };
 

@@ -1,7 +1,8 @@
 /// The free-bits KL as a node of the graph: by the vector kernels where they can, else in LibTorch operations.
 ///
-/// The kernels finish the gradient in the forward pass; backward hands it out, times what comes from upstream. Saved for
-/// backward: the latent logits, those of the prior, the weights, and that gradient. A second backward computes it anew.
+/// The kernels finish the gradient in the forward pass; backward hands it out, times what comes from upstream. Saved
+/// for backward: the latent logits, those of the prior, the weights, and that gradient. A second backward computes it
+/// anew.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -13,6 +14,7 @@
 #include "free_transformer/detail/kernels/latent_kl_of_tensors.hpp"
 #include "free_transformer/detail/latent_terms.hpp"
 #include "free_transformer/detail/normalization.hpp"
+#include "free_transformer/detail/optional_tensor.hpp"
 #include "free_transformer/detail/plain/latent_kl.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 
@@ -21,9 +23,9 @@ namespace free_transformer::detail {
 struct LatentState : torch::CustomClassHolder {
   LatentTerms terms;
   Normalization normalization;
-  at::Tensor scale;      ///< 0-dim, what every penalty is multiplied by
-  at::Tensor mean_kl;    ///< 0-dim, of the batch
-  at::Tensor gradient;   ///< what forward has finished, until backward hands it out
+  at::Tensor scale;     ///< 0-dim, what every penalty is multiplied by
+  at::Tensor mean_kl;   ///< 0-dim, of the batch
+  at::Tensor gradient;  ///< what forward has finished, until backward hands it out
   bool by_kernel = false;
 };
 
@@ -72,8 +74,8 @@ LatentResult latent_kl_forward(const at::Tensor& z_logits, const at::Tensor& pri
 
 /// The gradients to z_logits and prior_logits for `upstream`, 0-dim or [N] in the widest type, without a graph.
 template <typename FreeBits>
-plain::LatentGradients latent_kl_gradients(const at::Tensor& z_logits, const at::Tensor& prior_logits, LatentState& state,
-                                           const at::Tensor& upstream) {
+plain::LatentGradients latent_kl_gradients(const at::Tensor& z_logits, const at::Tensor& prior_logits,
+                                           LatentState& state, const at::Tensor& upstream) {
   if constexpr (kernels::hinge_of<FreeBits>.has_value()) {
     if (state.gradient.defined()) {
       const at::Tensor gradient = std::exchange(state.gradient, at::Tensor());
@@ -96,7 +98,7 @@ plain::LatentGradients latent_kl_gradients(const at::Tensor& z_logits, const at:
 template <typename FreeBits>
 struct LatentKLFunction : torch::autograd::Function<LatentKLFunction<FreeBits>> {
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& z_logits,
-                            const plain::OptionalTensor& optional_prior, const LatentTerms& terms,
+                            const OptionalTensor& optional_prior, const LatentTerms& terms,
                             const Normalization& normalization, at::Tensor* sums) {
     const at::Tensor prior_logits = optional_prior.value_or(at::Tensor());
     auto state = c10::make_intrusive<LatentState>();
@@ -126,8 +128,8 @@ struct LatentKLFunction : torch::autograd::Function<LatentKLFunction<FreeBits>> 
   }
 
  private:
-  /// The gradients of the differentiable loss, themselves with a graph. They are taken to aliases of the inputs: upstream may
-  /// depend on the inputs, too, and that way is the engine's to go.
+  /// The gradients of the differentiable loss, themselves with a graph. They are taken to aliases of the inputs:
+  /// upstream may depend on the inputs, too, and that way is the engine's to go.
   static torch::autograd::variable_list gradients_with_graph(const at::Tensor& z_logits, const at::Tensor& prior_logits,
                                                              const LatentState& state, const at::Tensor& upstream) {
     const auto alias = [](const at::Tensor& input) { return input.defined() ? input.view_as(input) : input; };
@@ -153,8 +155,8 @@ LatentResult latent_kl(const at::Tensor& z_logits, const at::Tensor& prior_logit
   const bool needs_gradient = z_logits.requires_grad() || (prior_logits.defined() && prior_logits.requires_grad());
   if (at::GradMode::is_enabled() && needs_gradient) {
     LatentResult result;
-    result.loss = LatentKLFunction<FreeBits>::apply(z_logits, plain::optional_tensor(prior_logits), terms,
-                                                    normalization, &result.sums);
+    result.loss =
+        LatentKLFunction<FreeBits>::apply(z_logits, optional_tensor(prior_logits), terms, normalization, &result.sums);
     return result;
   }
   const at::NoGradGuard no_grad;

@@ -1,7 +1,7 @@
 /// Cross entropy of hidden weight^T + bias as a node of the graph, one block of tokens after another.
 ///
-/// Saved for backward: hidden, weight, bias, and (but for kNone) their gradients in the type of arithmetic, until backward
-/// hands them out.
+/// Saved for backward: hidden, weight, bias, and (but for kNone) their gradients in the type of arithmetic, until
+/// backward hands them out.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,6 +16,7 @@
 #include "free_transformer/detail/cross_entropy_terms.hpp"
 #include "free_transformer/detail/kernels/cross_entropy_of_tensors.hpp"
 #include "free_transformer/detail/normalization.hpp"
+#include "free_transformer/detail/optional_tensor.hpp"
 #include "free_transformer/detail/plain/cross_entropy.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 
@@ -42,8 +43,8 @@ struct LinearGradients {
   }
 };
 
-/// Tokens of a block. A block reads the weight, and reads and writes its gradient, so that few tokens cost more memory traffic
-/// than arithmetic: 32 for each thread keep it below a tenth.
+/// Tokens of a block. A block reads the weight, and reads and writes its gradient, so that few tokens cost more memory
+/// traffic than arithmetic: 32 for each thread keep it below a tenth.
 inline int64_t tokens_of_block(const LinearInputs& inputs) {
   constexpr int64_t default_bytes = int64_t{12} << 20;
   const int64_t bytes_of_token = inputs.classes() * static_cast<int64_t>(at::elementSize(inputs.arithmetic()));
@@ -52,8 +53,8 @@ inline int64_t tokens_of_block(const LinearInputs& inputs) {
   return std::max<int64_t>(32 * threads, default_bytes / bytes_of_token);
 }
 
-/// Calls visit(rows of the weight in the type of arithmetic, first row). A half weight is converted some rows at a time: a
-/// float32 copy of all of it would be twice as large as itself.
+/// Calls visit(rows of the weight in the type of arithmetic, first row). A half weight is converted some rows at a
+/// time: a float32 copy of all of it would be twice as large as itself.
 template <typename Visit>
 void for_each_part_of_weight(const LinearInputs& inputs, const Visit& visit) {
   const at::Tensor& weight = inputs.weight;
@@ -76,7 +77,8 @@ inline void make_logits(const LinearInputs& inputs, const at::Tensor& hidden, at
   });
 }
 
-/// Adds what the gradient of a block's logits gives to the inputs' gradients; `hidden_gradient` is the block's own part.
+/// Adds what the gradient of a block's logits gives to the inputs' gradients; `hidden_gradient` is the block's own
+/// part.
 inline void add_to_gradients(const LinearInputs& inputs, const at::Tensor& hidden, const at::Tensor& of_logits,
                              const at::Tensor& hidden_gradient, const LinearGradients& gradients) {
   for_each_part_of_weight(inputs, [&](const at::Tensor& weight, int64_t first) {
@@ -132,8 +134,8 @@ inline CrossEntropyRows process_block(at::Tensor& logits, const CrossEntropyTerm
 }
 
 /// All blocks of hidden [N, D], every position of which counts or may be computed in vain.
-inline LinearPass linear_pass_of_rows(const LinearInputs& inputs, const at::Tensor& hidden, const CrossEntropyTerms& terms,
-                                      const LinearBackward& wants, bool predict) {
+inline LinearPass linear_pass_of_rows(const LinearInputs& inputs, const at::Tensor& hidden,
+                                      const CrossEntropyTerms& terms, const LinearBackward& wants, bool predict) {
   const auto type = inputs.arithmetic();
   const auto options = hidden.options().dtype(type);
   const int64_t rows = hidden.size(0), tokens = std::min(tokens_of_block(inputs), std::max<int64_t>(rows, 1));
@@ -161,8 +163,8 @@ inline LinearPass linear_pass_of_rows(const LinearInputs& inputs, const at::Tens
   return pass;
 }
 
-/// The pass over the positions that count alone: the others' rows and gradients are 0 without a product. On other devices
-/// than the CPU all are computed, as the number of those that count is not known there without a stall.
+/// The pass over the positions that count alone: the others' rows and gradients are 0 without a product. On other
+/// devices than the CPU all are computed, as the number of those that count is not known there without a stall.
 inline LinearPass linear_pass(const LinearInputs& inputs, const CrossEntropyTerms& terms, const at::Tensor& counted,
                               const LinearBackward& wants, bool predict) {
   const at::Tensor hidden = inputs.hidden.detach().reshape({-1, inputs.hidden.size(-1)});
@@ -196,8 +198,13 @@ struct LinearState : torch::CustomClassHolder {
   bool has_gradients = false;
 };
 
-inline LinearBackward wanted_gradients(const LinearInputs& inputs, const LinearState& state, const at::Tensor& upstream) {
-  return {state.likelihood_scale, state.z_scale, upstream, inputs.hidden.requires_grad(), inputs.weight.requires_grad(),
+inline LinearBackward wanted_gradients(const LinearInputs& inputs, const LinearState& state,
+                                       const at::Tensor& upstream) {
+  return {state.likelihood_scale,
+          state.z_scale,
+          upstream,
+          inputs.hidden.requires_grad(),
+          inputs.weight.requires_grad(),
           inputs.bias.defined() && inputs.bias.requires_grad()};
 }
 
@@ -245,9 +252,10 @@ inline LinearGradients linear_cross_entropy_gradients(const LinearInputs& inputs
 }
 
 struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& hidden, const at::Tensor& weight,
-                            const plain::OptionalTensor& bias, int64_t block_bytes, const CrossEntropyTerms& terms,
-                            const Normalization& normalization, bool count_hits, at::Tensor* sums) {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& hidden,
+                            const at::Tensor& weight, const OptionalTensor& bias, int64_t block_bytes,
+                            const CrossEntropyTerms& terms, const Normalization& normalization, bool count_hits,
+                            at::Tensor* sums) {
     auto state = c10::make_intrusive<LinearState>();
     state->terms = kept_terms(terms);
     state->block_bytes = block_bytes;
@@ -261,7 +269,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& upstream) {
-    TORCH_CHECK(!at::GradMode::is_enabled(), "compute_reconstruction_loss: LinearLogits must not be differentiated twice ",
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "compute_reconstruction_loss: LinearLogits must not be differentiated twice ",
                 "(create_graph); pass dense logits for that");
     const auto saved = context->get_saved_variables();
     const auto capsule = context->saved_data["state"].toCapsule();
@@ -279,7 +288,7 @@ inline CrossEntropyResult linear_cross_entropy(const LinearInputs& inputs, const
                               (inputs.bias.defined() && inputs.bias.requires_grad());
   if (at::GradMode::is_enabled() && needs_gradient) {
     CrossEntropyResult result;
-    result.loss = LinearCrossEntropyFunction::apply(inputs.hidden, inputs.weight, plain::optional_tensor(inputs.bias),
+    result.loss = LinearCrossEntropyFunction::apply(inputs.hidden, inputs.weight, optional_tensor(inputs.bias),
                                                     inputs.block_bytes, terms, normalization, count_hits, &result.sums);
     return result;
   }

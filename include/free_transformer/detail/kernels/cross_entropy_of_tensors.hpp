@@ -109,8 +109,8 @@ inline CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const Cross
 
 /// Loss of each position, all weights applied, [N].
 inline at::Tensor cross_entropy_losses(const CrossEntropyRows& rows, const CrossEntropyTerms& terms) {
-  at::Tensor loss = terms.z_loss > 0 ? rows.likelihood_loss + terms.z_loss * rows.log_sum_exp.square()
-                                     : rows.likelihood_loss;
+  at::Tensor loss =
+      terms.z_loss > 0 ? rows.likelihood_loss + terms.z_loss * rows.log_sum_exp.square() : rows.likelihood_loss;
   return terms.token_weight.defined() ? (loss * terms.token_weight).masked_fill_(terms.token_weight == 0, 0) : loss;
 }
 
@@ -125,7 +125,8 @@ inline at::Tensor reconstruction_sums(const CrossEntropyRows& rows, const CrossE
     const int64_t count = terms.targets.numel();
     const PositionWeight<scalar_t> u(terms);
     double* sum = sums.data_ptr<double>();
-    sum[likelihood_loss_sum] = pairwise_sum(0, count, [&](int64_t row) { return u(row) * double{likelihood_loss[row]}; });
+    sum[likelihood_loss_sum] =
+        pairwise_sum(0, count, [&](int64_t row) { return u(row) * double{likelihood_loss[row]}; });
     sum[likelihood_weight_sum] = scales.likelihood_weight_sum;
     sum[token_weight_sum] = scales.token_weight_sum;
     sum[nll_sum] = pairwise_sum(0, count, [&](int64_t row) { return u(row) * double{nll[row]}; });
@@ -136,7 +137,8 @@ inline at::Tensor reconstruction_sums(const CrossEntropyRows& rows, const CrossE
     }
     if (rows.prediction.defined()) {
       const int64_t* prediction = rows.prediction.data_ptr<int64_t>();
-      sum[hit_sum] = pairwise_sum(0, count, [&](int64_t row) { return prediction[row] == u.targets[row] ? u(row) : 0.0; });
+      sum[hit_sum] =
+          pairwise_sum(0, count, [&](int64_t row) { return prediction[row] == u.targets[row] ? u(row) : 0.0; });
     }
   });
   return sums;

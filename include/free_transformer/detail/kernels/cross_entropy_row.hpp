@@ -1,11 +1,12 @@
 /// Cross entropy of one row of logits and its gradient, in vector code.
 ///
-/// A row costs: the largest logit (one read), exp(x - largest) and its sum (one read, one exp an element, one write into the
-/// gradient's row), the product with the row's factor (one read, one write). The row stays in the core's cache from the
-/// first read on, so memory sees the logits read once and the gradient written once. Half types and capped logits are first
-/// converted to a row of float32 that belongs to the thread. The sum is kept in float32 for 512 elements at a time and in
-/// float64 beyond; it leaves out the target's class, so that a confident row keeps its relative accuracy. The last elements
-/// of a row are padded with -inf in registers: nothing is read or written behind the row's end.
+/// A row costs: the largest logit (one read), exp(x - largest) and its sum (one read, one exp an element, one write
+/// into the gradient's row), the product with the row's factor (one read, one write). The row stays in the core's cache
+/// from the first read on, so memory sees the logits read once and the gradient written once. Half types and capped
+/// logits are first converted to a row of float32 that belongs to the thread. The sum is kept in float32 for 512
+/// elements at a time and in float64 beyond; it leaves out the target's class, so that a confident row keeps its
+/// relative accuracy. The last elements of a row are padded with -inf in registers: nothing is read or written behind
+/// the row's end.
 #pragma once
 
 #include <cmath>
@@ -20,22 +21,27 @@ namespace free_transformer::detail::kernels {
 /// What a row of logits and its target are reduced to.
 template <typename Real>
 struct CrossEntropyRow {
-  Real maximum;        ///< largest (capped) logit
-  Real at_target;      ///< (capped) logit of the target
-  double others;       ///< sum of exp(x_j - maximum) over all classes but the target
-  double target_exp;   ///< exp(x_y - maximum)
-  double surprise;     ///< sum_c w_c (maximum - x_c), if label smoothing asks for it
+  Real maximum;       ///< largest (capped) logit
+  Real at_target;     ///< (capped) logit of the target
+  double others;      ///< sum of exp(x_j - maximum) over all classes but the target
+  double target_exp;  ///< exp(x_y - maximum)
+  double surprise;    ///< sum_c w_c (maximum - x_c), if label smoothing asks for it
 
   double log_sum() const { return at_target == maximum ? std::log1p(others) : std::log(others + target_exp); }
   double nll() const { return log_sum() + static_cast<double>(maximum - at_target); }
   double log_sum_exp() const { return static_cast<double>(maximum) + log_sum(); }
 };
 
+template <typename Element>
+[[gnu::always_inline]] inline Element minus_infinity() {
+  return static_cast<Element>(-std::numeric_limits<float>::infinity());
+}
+
 /// Four vectors in flight hide the latency of additions and products.
 inline constexpr int unroll = 4;
 
-/// Calls pass.full(column, k) for whole vectors, with k < unroll the independent accumulator to use, pass.part(column, count)
-/// for the rest, and pass.flush() at least every 512 elements and at the end.
+/// Calls pass.full(column, k) for whole vectors, with k < unroll the independent accumulator to use, pass.part(column,
+/// count) for the rest, and pass.flush() at least every 512 elements and at the end.
 template <int lanes, typename Pass>
 [[gnu::always_inline]] inline void walk(Pass& pass, int64_t begin, int64_t end) {
   constexpr int64_t step = int64_t{lanes} * unroll;
@@ -54,26 +60,30 @@ template <int lanes, typename Pass>
   pass.flush();
 }
 
-/// The largest logit; if `converted` is not null, also the logits as Real.
-template <int lanes, typename Element, typename Real, bool convert>
+/// The same for [0, end) without [hole_begin, hole_end).
+template <int lanes, typename Pass>
+[[gnu::always_inline]] inline void walk_around(Pass& pass, int64_t hole_begin, int64_t hole_end, int64_t end) {
+#pragma GCC unroll 1  // one copy of the loops in walk
+  for (int side = 0; side < 2; ++side) walk<lanes>(pass, side == 0 ? 0 : hole_end, side == 0 ? hole_begin : end);
+}
+
+/// The largest logit.
+template <int lanes, typename Real, typename Element>
 struct LargestPass {
   const Element* logits;
-  Real* converted;
   Lanes<Real, lanes> largest[unroll];
 
-  [[gnu::always_inline]] LargestPass(const Element* logits_, Real* converted_) : logits(logits_), converted(converted_) {
+  [[gnu::always_inline]] explicit LargestPass(const Element* logits_) : logits(logits_) {
     for (auto& values : largest) values = broadcast<Real, lanes>(-std::numeric_limits<Real>::infinity());
   }
   [[gnu::always_inline]] void full(int64_t column, int k) {
     Lanes<Real, lanes> values;
     load<lanes>(logits + column, values);
-    if constexpr (convert) store<lanes>(values, converted + column);
     take_larger(largest[k], values);
   }
   [[gnu::always_inline]] void part(int64_t column, int64_t count) {
     Lanes<Real, lanes> values;
-    load_part<lanes>(logits + column, count, static_cast<Element>(-std::numeric_limits<float>::infinity()), values);
-    if constexpr (convert) store_part<lanes>(values, count, converted + column);
+    load_part<lanes>(logits + column, count, minus_infinity<Element>(), values);
     take_larger(largest[0], values);
   }
   [[gnu::always_inline]] void flush() {}
@@ -84,8 +94,8 @@ struct LargestPass {
 };
 
 /// The largest capped logit, c tanh(x/c); also the capped logits and the slope of the cap, 1 - tanh^2.
-/// With s = exp(-2|x/c|), tanh = (1-s)/(1+s) and the slope is 4s/(1+s)^2; for |x/c| < 0.625 the series of tanh keeps the digits
-/// that 1-s would lose (fitted, relative error 4e-9).
+/// With s = exp(-2|x/c|), tanh = (1-s)/(1+s) and the slope is 4s/(1+s)^2; for |x/c| < 0.625 the series of tanh keeps
+/// the digits that 1-s would lose (fitted, relative error 4e-9).
 template <int lanes, typename Element>
 struct CapPass {
   using Values = typename Lanes<float, lanes>::Values;
@@ -137,9 +147,9 @@ struct CapPass {
 };
 
 /// Sum of exp(x - maximum), each term written to `terms` if it is kept.
-template <int lanes, typename Real, bool keep>
+template <int lanes, typename Real, typename Element, bool keep>
 struct ExponentialPass {
-  const Real* logits;
+  const Element* logits;
   Real* terms;
   Real maximum;
   double total = 0;
@@ -155,7 +165,7 @@ struct ExponentialPass {
   }
   [[gnu::always_inline]] void part(int64_t column, int64_t count) {
     Lanes<Real, lanes> values;
-    load_part<lanes>(logits + column, count, -std::numeric_limits<Real>::infinity(), values);
+    load_part<lanes>(logits + column, count, minus_infinity<Element>(), values);
     values.values -= maximum;
     exponentiate(values);
     if constexpr (keep) store_part<lanes>(values, count, terms + column);
@@ -175,7 +185,7 @@ struct ExponentialPass {
   /// The vector that holds the target: summed without it. Returns the target's own term.
   [[gnu::always_inline]] double except(int64_t column, int64_t count, int64_t target) {
     Lanes<Real, lanes> values;
-    load_part<lanes>(logits + column, count, -std::numeric_limits<Real>::infinity(), values);
+    load_part<lanes>(logits + column, count, minus_infinity<Element>(), values);
     values.values -= maximum;
     exponentiate(values);
     if constexpr (keep) store_part<lanes>(values, count, terms + column);
@@ -189,9 +199,9 @@ struct ExponentialPass {
 };
 
 /// sum_c w_c (maximum - x_c) over a row, w = 1 without class weights; a class of weight 0 may be impossible.
-template <int lanes, typename Real, bool weighted>
+template <int lanes, typename Real, typename Element, bool weighted>
 struct SurprisePass {
-  const Real* logits;
+  const Element* logits;
   const Real* class_weight;
   Real maximum;
   double total = 0;
@@ -210,7 +220,8 @@ struct SurprisePass {
   [[gnu::always_inline]] void part(int64_t column, int64_t count) {
     for (int64_t lane = 0; lane < count; ++lane) {
       const Real weight = weighted ? class_weight[column + lane] : Real{1};
-      if (weight != 0) total += static_cast<double>(weight) * static_cast<double>(maximum - logits[column + lane]);
+      if (weight != 0)
+        total += static_cast<double>(weight) * static_cast<double>(maximum - static_cast<Real>(logits[column + lane]));
     }
   }
   [[gnu::always_inline]] void flush() {
@@ -222,8 +233,8 @@ struct SurprisePass {
 };
 
 /// The lowest column that holds `value`; 0 if none does, which is a row of NaN.
-template <int lanes, typename Real>
-[[gnu::always_inline]] inline int64_t first_equal(const Real* logits, int64_t columns, Real value) {
+template <int lanes, typename Real, typename Element>
+[[gnu::always_inline]] inline int64_t first_equal(const Element* logits, int64_t columns, Real value) {
   int64_t column = 0;
   for (; column + lanes <= columns; column += lanes) {
     Lanes<Real, lanes> values;
@@ -235,7 +246,7 @@ template <int lanes, typename Real>
     if (any) break;
   }
   for (; column < columns; ++column) {
-    if (logits[column] == value) return column;
+    if (static_cast<Real>(logits[column]) == value) return column;
   }
   return 0;
 }

@@ -8,8 +8,8 @@
 
 namespace free_transformer::detail::kernels {
 
-/// x = n log 2 + r with |r| <= log(2)/2 becomes exp(r), by its series to r^7 (remainder 5e-9, in all 1.2 ulp). n + 127 is in the
-/// last bits of `rounded`: the product is rounded by adding 1.5 2^23, whose last digit counts ones.
+/// x = n log 2 + r with |r| <= log(2)/2 becomes exp(r), by its series to r^7 (remainder 5e-9, in all 1.2 ulp). n + 127
+/// is in the last bits of `rounded`: the product is rounded by adding 1.5 2^23, whose last digit counts ones.
 template <int lanes>
 [[gnu::always_inline]] inline void split_exponential(Lanes<float, lanes>& x,
                                                      typename Lanes<float, lanes>::Integers& rounded) {
@@ -30,13 +30,14 @@ template <int lanes>
 
 /// 2^n for n in [-126, 127].
 template <int lanes>
-[[gnu::always_inline]] inline void power_of_two(const typename Lanes<float, lanes>::Integers& n, Lanes<float, lanes>& result) {
+[[gnu::always_inline]] inline void power_of_two(const typename Lanes<float, lanes>::Integers& n,
+                                                Lanes<float, lanes>& result) {
   const typename Lanes<float, lanes>::Integers bits = (n + 127) << 23;
   std::memcpy(&result.values, &bits, sizeof(bits));
 }
 
-/// exp(x) for x <= 0, float32: 0 below -87, where the result would leave the normal numbers; exp(-inf) = 0; NaN stays NaN, as
-/// 2^n is a product: adding n to the exponent could make a number of a NaN.
+/// exp(x) for x <= 0, float32: 0 below -87, where the result would leave the normal numbers; exp(-inf) = 0; NaN stays
+/// NaN, as 2^n is a product: adding n to the exponent could make a number of a NaN.
 template <int lanes>
 [[gnu::always_inline]] inline void exponentiate(Lanes<float, lanes>& x) {
   using Values = typename Lanes<float, lanes>::Values;

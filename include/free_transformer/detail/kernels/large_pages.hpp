@@ -11,15 +11,16 @@
 
 namespace free_transformer::detail::kernels {
 
-/// An uninitialised contiguous tensor like `tensor`. A large one is fresh from the system, and the first touch of its 4 KiB
-/// pages costs more than the whole gradient's arithmetic: its inside is asked to be backed by pages of 2 MiB.
+/// An uninitialised contiguous tensor like `tensor`. A large one is fresh from the system, and the first touch of its 4
+/// KiB pages costs more than the whole gradient's arithmetic: its inside is asked to be backed by pages of 2 MiB.
 inline at::Tensor empty_on_large_pages(const at::Tensor& tensor) {
   at::Tensor result = at::empty(tensor.sizes(), tensor.options());
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{1} << 21;
   const auto address = reinterpret_cast<uintptr_t>(result.data_ptr());
   const uintptr_t begin = (address + page - 1) / page * page, end = (address + result.nbytes()) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal does no harm
+  if (begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal does no harm
 #endif
   return result;
 }

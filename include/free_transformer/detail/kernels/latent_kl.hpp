@@ -1,7 +1,7 @@
 /// The free-bits KL of many positions on the CPU with its gradient, in one pass of vector code.
 ///
-/// An element costs one exp, one division and two polynomials; each is read once and its gradient written once. The KL is
-/// within 2 ulp over every float32 (tests/benchmark/every_float.cpp measures it), its gradient within 4.
+/// An element costs one exp, one division and two polynomials; each is read once and its gradient written once. The KL
+/// is within 2 ulp over every float32 (tests/benchmark/every_float.cpp measures it), its gradient within 4.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "free_transformer/detail/kernels/elementary.hpp"
@@ -25,9 +26,10 @@ namespace free_transformer::detail::kernels {
 ///     x < 2       x^2/8 + x^4 q(x^2): the product that decides the last digit is exact
 ///     2 <= x < 4  a polynomial in x - 3, where the others would cancel
 ///     4 <= x      log 2 - (x s/(1+s) + log(1+s)), the bracket by its series in s
-/// The coefficients are fitted to the equation in 50 digits by tests/reference/fit_bernoulli_kl.py, relative error below 1e-8.
-/// x is held at 110: KL is log 2 to the last digit, and the derivative has faded through the subnormal numbers to 0. Until
-/// then its digits are kept: s is a product of exp(r) and two powers of 2, the second of which comes last.
+/// The coefficients are fitted to the equation in 50 digits by tests/reference/fit_bernoulli_kl.py, relative error
+/// below 1e-8. x is held at 110: KL is log 2 to the last digit, and the derivative has faded through the subnormal
+/// numbers to 0. Until then its digits are kept: s is a product of exp(r) and two powers of 2, the second of which
+/// comes last.
 template <int lanes>
 [[gnu::always_inline]] inline void bernoulli_kl(const Lanes<float, lanes>& logits, Lanes<float, lanes>& kl,
                                                 Lanes<float, lanes>& derivative) {
@@ -86,10 +88,9 @@ struct LatentJob {
   Element* gradient;           ///< [rows, bits] contiguous, or null; of batch_mean as if the mean were above the budget
   const double* upstream;      ///< [rows], multiplies the scale, or null for 1
   double scale;
-  float* penalty;              ///< [rows], or null
+  float* penalty;  ///< [rows], or null
 };
 
-/// Sums over a block of positions. Bits are summed in float32 for 32 positions at a time, in float64 beyond.
 struct LatentSums {
   double penalty = 0, weight = 0, active = 0;
 };
@@ -97,87 +98,156 @@ struct LatentSums {
 /// Positions of one block are reduced by one thread in order, so that sums do not depend on the number of threads.
 inline constexpr int64_t positions_of_block = 1024;
 
-[[gnu::always_inline]] inline void flush_bits(float* part, int64_t bits, double* sums) {
-  for (int64_t bit = 0; bit < bits; ++bit) {
-    sums[bit] += static_cast<double>(part[bit]);
-    part[bit] = 0;
+/// Positions whose KL and derivatives are kept in the first-level cache, to be computed without regard to where a
+/// position ends. The KL of each bit is summed in float32 over so many positions, in float64 beyond.
+inline constexpr int64_t positions_of_group = 32;
+
+/// Room for the elements of a group, and for a whole vector behind them.
+inline int64_t elements_of_group(int64_t bits) { return positions_of_group * bits + 16; }
+
+/// The logits of positions [begin, end) one behind the other as float32: where they lie, if they lie so.
+template <int lanes, typename Element>
+[[gnu::always_inline]] inline const float* gather(const LatentJob<Element>& job, int64_t begin, int64_t end,
+                                                  float* room) {
+  if constexpr (std::is_same_v<Element, float>) {
+    if (job.z_rows->are_adjacent(job.bits)) return job.z_logits + begin * job.bits;
   }
+  for (int64_t row = begin; row < end; ++row) {
+    const Element* source = job.z_logits + (*job.z_rows)(row);
+    float* target = room + (row - begin) * job.bits;
+    Lanes<float, lanes> values;
+    int64_t bit = 0;
+    for (; bit + lanes <= job.bits; bit += lanes) {
+      load<lanes>(source + bit, values);
+      store<lanes>(values, target + bit);
+    }
+    if (bit == job.bits) continue;
+    load_part<lanes>(source + bit, job.bits - bit, static_cast<Element>(0.0f), values);
+    store_part<lanes>(values, job.bits - bit, target + bit);
+  }
+  return room;
+}
+
+/// KL and derivative of `count` logits; two vectors at a time hide the latency of the polynomials.
+template <int lanes>
+[[gnu::always_inline]] inline void bernoulli_kl(const float* logits, int64_t count, float* kl, float* derivatives) {
+  Lanes<float, lanes> values[2], results[2], slopes[2];
+  int64_t index = 0;
+  for (; index + 2 * lanes <= count; index += 2 * lanes) {
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      load<lanes>(logits + index + k * lanes, values[k]);
+      bernoulli_kl<lanes>(values[k], results[k], slopes[k]);
+      store<lanes>(results[k], kl + index + k * lanes);
+      store<lanes>(slopes[k], derivatives + index + k * lanes);
+    }
+  }
+  for (; index < count; index += lanes) {
+    load_part<lanes>(logits + index, std::min<int64_t>(lanes, count - index), 0.0f, values[0]);
+    bernoulli_kl<lanes>(values[0], results[0], slopes[0]);
+    store<lanes>(results[0], kl + index);
+    store<lanes>(slopes[0], derivatives + index);
+  }
+}
+
+/// Sum over the bits of one position of max(0, KL - budget), whose derivative is 0 below the budget.
+template <int lanes>
+[[gnu::always_inline]] inline float hinge_each_bit(const float* kl, int64_t bits, float budget, float* derivatives) {
+  double above = 0;
+  for (int64_t bit = 0; bit < bits; ++bit) {
+    const float excess = kl[bit] - budget;
+    if (excess < 0) {
+      derivatives[bit] = 0;
+    } else {
+      above += static_cast<double>(excess);
+    }
+  }
+  return static_cast<float>(above);
+}
+
+/// Sum of some values, and the values times u added to those of other positions.
+template <int lanes>
+[[gnu::always_inline]] inline float sum_and_add(const float* values, int64_t count, float u, float* totals) {
+  Lanes<float, lanes> sum = broadcast<float, lanes>(0.0f), part, total;
+  int64_t index = 0;
+  for (; index + lanes <= count; index += lanes) {
+    load<lanes>(values + index, part);
+    load<lanes>(totals + index, total);
+    sum.values += part.values;
+    total.values += part.values * u;
+    store<lanes>(total, totals + index);
+  }
+  if (index < count) {
+    load_part<lanes>(values + index, count - index, 0.0f, part);
+    load_part<lanes>(totals + index, count - index, 0.0f, total);
+    sum.values += part.values;
+    total.values += part.values * u;
+    store_part<lanes>(total, count - index, totals + index);
+  }
+  return sum_of_lanes(sum);
+}
+
+template <int lanes, typename Element>
+[[gnu::always_inline]] inline void multiply(const float* values, int64_t count, float factor, Element* products) {
+  Lanes<float, lanes> part;
+  int64_t index = 0;
+  for (; index + lanes <= count; index += lanes) {
+    load<lanes>(values + index, part);
+    part.values *= factor;
+    store<lanes>(part, products + index);
+  }
+  if (index == count) return;
+  load_part<lanes>(values + index, count - index, 0.0f, part);
+  part.values *= factor;
+  store_part<lanes>(part, count - index, products + index);
+}
+
+template <int lanes, Hinge hinge, typename Element>
+[[gnu::always_inline]] inline void process_position(const LatentJob<Element>& job, int64_t row, const float* of_bits,
+                                                    float* derivatives, LatentSums& sums, float* bit_totals) {
+  const int64_t bits = job.bits;
+  const double u = job.token_weight ? job.token_weight[row] : 1.0;
+  Element* gradient = job.gradient ? job.gradient + row * bits : nullptr;
+  if (u == 0) {
+    if (gradient) std::memset(static_cast<void*>(gradient), 0, sizeof(Element) * static_cast<size_t>(bits));
+    if (job.penalty) job.penalty[row] = 0;
+    return;
+  }
+  const float kl = sum_and_add<lanes>(of_bits, bits, static_cast<float>(u), bit_totals);
+  const float excess = hinge == Hinge::per_bit
+                           ? hinge_each_bit<lanes>(of_bits, bits, static_cast<float>(job.free_bits), derivatives)
+                           : static_cast<float>(kl - job.free_bits);
+  const bool passes = hinge != Hinge::per_position || !(excess < 0);  // so that a NaN stays visible
+  const double penalty = passes ? u * static_cast<double>(excess) : 0.0;
+  sums.penalty += penalty;
+  sums.weight += u;
+  sums.active += excess > 0 ? u : 0;
+  if (job.penalty) job.penalty[row] = static_cast<float>(penalty);
+  if (!gradient) return;
+  const double factor = passes ? u * job.scale * (job.upstream ? job.upstream[row] : 1.0) : 0.0;
+  multiply<lanes>(derivatives, bits, static_cast<float>(factor), gradient);
 }
 
 template <int lanes, Hinge hinge, typename Element>
 [[gnu::always_inline]] inline void process_positions(const LatentJob<Element>& job, int64_t begin, int64_t end,
                                                      LatentSums& sums, double* bit_sums, float* scratch) {
-  using Vector = Lanes<float, lanes>;
-  const int64_t bits = job.bits, vectors = (bits + lanes - 1) / lanes;
-  float* bit_part = scratch;                      // KL of each bit, summed over a few positions
-  float* derivatives = scratch + vectors * lanes; // of this position
-  const Vector budget = broadcast<float, lanes>(static_cast<float>(job.free_bits));
-  std::memset(bit_part, 0, sizeof(float) * static_cast<size_t>(vectors * lanes));
-  int64_t since_flush = 0;
-  for (int64_t row = begin; row < end; ++row) {
-    const double u = job.token_weight ? job.token_weight[row] : 1.0;
-    Element* gradient = job.gradient ? job.gradient + row * bits : nullptr;
-    if (u == 0) {
-      if (gradient) std::memset(static_cast<void*>(gradient), 0, sizeof(Element) * static_cast<size_t>(bits));
-      if (job.penalty) job.penalty[row] = 0;
-      continue;
+  const int64_t bits = job.bits, room = elements_of_group(bits);
+  float *kl = scratch, *derivatives = kl + room, *converted = derivatives + room, *bit_totals = converted + room;
+  for (int64_t first = begin; first < end; first += positions_of_group) {
+    const int64_t last = std::min(end, first + positions_of_group);
+    bernoulli_kl<lanes>(gather<lanes>(job, first, last, converted), (last - first) * bits, kl, derivatives);
+    std::memset(bit_totals, 0, sizeof(float) * static_cast<size_t>(bits));
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t offset = (row - first) * bits;
+      process_position<lanes, hinge>(job, row, kl + offset, derivatives + offset, sums, bit_totals);
     }
-    const Element* z = job.z_logits + (*job.z_rows)(row);
-    Vector total = broadcast<float, lanes>(0.0f), above = total;
-    for (int64_t vector = 0; vector < vectors; ++vector) {
-      const int64_t bit = vector * lanes, count = std::min<int64_t>(lanes, bits - bit);
-      Vector logits, kl, derivative, part;
-      if (count == lanes) {
-        load<lanes>(z + bit, logits);
-      } else {
-        load_part<lanes>(z + bit, count, static_cast<Element>(0.0f), logits);
-      }
-      bernoulli_kl<lanes>(logits, kl, derivative);
-      load<lanes>(bit_part + bit, part);
-      part.values += kl.values * static_cast<float>(u);
-      store<lanes>(part, bit_part + bit);
-      total.values += kl.values;
-      if constexpr (hinge == Hinge::per_bit) {
-        const typename Vector::Values excess = kl.values - budget.values;
-        above.values += excess < 0 ? typename Vector::Values{} : excess;
-        derivative.values = excess < 0 ? typename Vector::Values{} : derivative.values;
-      }
-      store<lanes>(derivative, derivatives + bit);
-    }
-    const float kl = sum_of_lanes(total);
-    const float excess = hinge == Hinge::per_bit ? sum_of_lanes(above) : static_cast<float>(kl - job.free_bits);
-    const bool passes = hinge != Hinge::per_position || !(excess < 0);  // so that a NaN stays visible
-    const float penalty = passes ? excess : 0.0f;
-    sums.penalty += u * static_cast<double>(penalty);
-    sums.weight += u;
-    sums.active += excess > 0 ? u : 0;
-    if (job.penalty) job.penalty[row] = static_cast<float>(u * static_cast<double>(penalty));
-    if (gradient) {
-      const Vector factor = broadcast<float, lanes>(
-          passes ? static_cast<float>(u * job.scale * (job.upstream ? job.upstream[row] : 1.0)) : 0.0f);
-      for (int64_t vector = 0; vector < vectors; ++vector) {
-        const int64_t bit = vector * lanes, count = std::min<int64_t>(lanes, bits - bit);
-        Vector values;
-        load<lanes>(derivatives + bit, values);
-        values.values *= factor.values;
-        if (count == lanes) {
-          store<lanes>(values, gradient + bit);
-        } else {
-          store_part<lanes>(values, count, gradient + bit);
-        }
-      }
-    }
-    if (++since_flush == 32) {
-      flush_bits(bit_part, bits, bit_sums);
-      since_flush = 0;
-    }
+    for (int64_t bit = 0; bit < bits; ++bit) bit_sums[bit] += static_cast<double>(bit_totals[bit]);
   }
-  flush_bits(bit_part, bits, bit_sums);
 }
 
 template <int lanes, typename Element>
-[[gnu::always_inline]] inline void process_positions(Hinge hinge, const LatentJob<Element>& job, int64_t begin, int64_t end,
-                                                     LatentSums& sums, double* bit_sums, float* scratch) {
+[[gnu::always_inline]] inline void process_positions(Hinge hinge, const LatentJob<Element>& job, int64_t begin,
+                                                     int64_t end, LatentSums& sums, double* bit_sums, float* scratch) {
   switch (hinge) {
     case Hinge::per_position:
       return process_positions<lanes, Hinge::per_position, Element>(job, begin, end, sums, bit_sums, scratch);
@@ -189,16 +259,16 @@ template <int lanes, typename Element>
 }
 
 template <typename Element>
-void process_positions_baseline(Hinge hinge, const LatentJob<Element>& job, int64_t begin, int64_t end, LatentSums& sums,
-                                double* bit_sums, float* scratch) {
+void process_positions_baseline(Hinge hinge, const LatentJob<Element>& job, int64_t begin, int64_t end,
+                                LatentSums& sums, double* bit_sums, float* scratch) {
   process_positions<4, Element>(hinge, job, begin, end, sums, bit_sums, scratch);
 }
 
 #if defined(__x86_64__)
 template <typename Element>
-__attribute__((target("avx2,fma"))) void process_positions_avx2(Hinge hinge, const LatentJob<Element>& job, int64_t begin,
-                                                                int64_t end, LatentSums& sums, double* bit_sums,
-                                                                float* scratch) {
+__attribute__((target("avx2,fma"))) void process_positions_avx2(Hinge hinge, const LatentJob<Element>& job,
+                                                                int64_t begin, int64_t end, LatentSums& sums,
+                                                                double* bit_sums, float* scratch) {
   process_positions<8, Element>(hinge, job, begin, end, sums, bit_sums, scratch);
 }
 
@@ -231,8 +301,7 @@ void latent_kl(Hinge hinge, const LatentJob<Element>& job, int64_t rows, double*
   std::vector<double> of_blocks(static_cast<size_t>(blocks) * width);
   const int64_t grain = std::max<int64_t>(1, 32768 / (positions_of_block * job.bits));
   parallel_rows(blocks, grain, [&](int64_t first_block, int64_t last_block) {
-    constexpr int64_t widest = 16;
-    std::vector<float> scratch(static_cast<size_t>(2 * ((job.bits + widest - 1) / widest * widest)));
+    std::vector<float> scratch(static_cast<size_t>(4 * elements_of_group(job.bits)));
     for (int64_t block = first_block; block < last_block; ++block) {
       double* of_block = of_blocks.data() + static_cast<size_t>(block) * width;
       LatentSums block_sums;
@@ -244,7 +313,8 @@ void latent_kl(Hinge hinge, const LatentJob<Element>& job, int64_t rows, double*
     }
   });
   for (size_t column = 0; column < width; ++column) {
-    sums[column] = pairwise_sum(0, blocks, [&](int64_t block) { return of_blocks[static_cast<size_t>(block) * width + column]; });
+    sums[column] =
+        pairwise_sum(0, blocks, [&](int64_t block) { return of_blocks[static_cast<size_t>(block) * width + column]; });
   }
 }
 

@@ -23,8 +23,8 @@ inline constexpr std::optional<Hinge> hinge_of = std::nullopt;
 
 /// True if the kernels can take these logits; the others go the way of LibTorch operations.
 inline bool takes_latent_kl(const at::Tensor& z_logits, const at::Tensor& prior_logits) {
-  return compiler_has_vector_types && z_logits.device().is_cpu() && z_logits.scalar_type() != at::kDouble && !prior_logits.defined() &&
-         (z_logits.stride(-1) == 1 || z_logits.size(-1) == 1);
+  return compiler_has_vector_types && z_logits.device().is_cpu() && z_logits.scalar_type() != at::kDouble &&
+         !prior_logits.defined() && (z_logits.stride(-1) == 1 || z_logits.size(-1) == 1);
 }
 
 struct LatentRows {
@@ -79,9 +79,14 @@ inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const Lat
     latent_kl<Element>(hinge, job, rows, result.sums.data_ptr<double>());
   };
   switch (z_logits.scalar_type()) {
-    case at::kHalf: run(c10::Half{}); break;
-    case at::kBFloat16: run(c10::BFloat16{}); break;
-    default: run(float{});
+    case at::kHalf:
+      run(c10::Half{});
+      break;
+    case at::kBFloat16:
+      run(c10::BFloat16{});
+      break;
+    default:
+      run(float{});
   }
   if (hinge == Hinge::batch_mean) close_if_below_budget(terms.free_bits, result);
   return result;

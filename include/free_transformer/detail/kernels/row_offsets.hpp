@@ -34,6 +34,9 @@ class RowOffsets {
     return sizes_.empty() ? 0 : offset + row * strides_[0];
   }
 
+  /// True if each row starts where the last one ends.
+  bool are_adjacent(int64_t columns) const { return sizes_.empty() || (sizes_.size() == 1 && strides_[0] == columns); }
+
  private:
   c10::SmallVector<int64_t, 4> sizes_, strides_;
 };

@@ -7,11 +7,13 @@
 #include <cmath>
 #include <limits>
 
+#include "free_transformer/detail/optional_tensor.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 
 namespace free_transformer::detail::plain {
 
-/// -|x| with the derivative of one side at 0, where that of at::abs is 0: smooth functions made of it keep all of theirs.
+/// -|x| with the derivative of one side at 0, where that of at::abs is 0: smooth functions made of it keep all of
+/// theirs.
 inline at::Tensor minus_abs(const at::Tensor& x) { return x * at::ones_like(x).masked_fill_(x >= 0, -1); }
 
 /// 1/(1 + exp(-x)), by at::exp: at::sigmoid rounds elements at the end of a thread's share in another way.
@@ -20,9 +22,9 @@ inline at::Tensor logistic(const at::Tensor& x) {
   return at::where(x < 0, s, at::ones_like(s)) / (1 + s);
 }
 
-/// KL(Bernoulli(sigmoid(l)) || Bernoulli(1/2)) of each element, in nats. With u = |l|/2 it is u tanh u - log cosh u, written
-/// for small u as u t + log1p(-t^2)/2, t = tanh u, and for large u as log 2 - 2u s/(1+s) - log1p(s), s = exp(-2u): each loses
-/// at most a factor of 3 to cancellation on its side of u = 1, and neither overflows.
+/// KL(Bernoulli(sigmoid(l)) || Bernoulli(1/2)) of each element, in nats. With u = |l|/2 it is u tanh u - log cosh u,
+/// written for small u as u t + log1p(-t^2)/2, t = tanh u, and for large u as log 2 - 2u s/(1+s) - log1p(s), s =
+/// exp(-2u): each loses at most a factor of 3 to cancellation on its side of u = 1, and neither overflows.
 inline at::Tensor bernoulli_kl_uniform(const at::Tensor& logits) {
   const at::Tensor u = logits.abs() / 2;
   const at::Tensor t = u.tanh();
@@ -32,10 +34,10 @@ inline at::Tensor bernoulli_kl_uniform(const at::Tensor& logits) {
   return at::where(u < 1, near, std::log(2.0) - entropy);
 }
 
-/// KL(Bernoulli(sigmoid(l)) || Bernoulli(sigmoid(r))) = p (l-r) + softplus(r) - softplus(l), p = sigmoid(l). Both signs are
-/// flipped where l > 0, which leaves the KL as it is and p <= 1/2. Near each other the softplus terms would cancel: there
-/// softplus(r) - softplus(l) = log1p(p expm1(r-l)). Closer still, that cancels p (l-r): there the series in r-l is taken, whose
-/// next term is below 1e-11 of it.
+/// KL(Bernoulli(sigmoid(l)) || Bernoulli(sigmoid(r))) = p (l-r) + softplus(r) - softplus(l), p = sigmoid(l). Both signs
+/// are flipped where l > 0, which leaves the KL as it is and p <= 1/2. Near each other the softplus terms would cancel:
+/// there softplus(r) - softplus(l) = log1p(p expm1(r-l)). Closer still, that cancels p (l-r): there the series in r-l
+/// is taken, whose next term is below 1e-11 of it.
 inline at::Tensor bernoulli_kl_prior(const at::Tensor& logits, const at::Tensor& prior_logits) {
   const at::Tensor flip = at::ones_like(logits).masked_fill_(logits > 0, -1);
   const at::Tensor l = logits * flip, r = prior_logits * flip;
@@ -43,8 +45,8 @@ inline at::Tensor bernoulli_kl_prior(const at::Tensor& logits, const at::Tensor&
   const at::Tensor difference = l - r;
   const at::Tensor near = p * difference + (p * (-difference).expm1()).log1p();
   const at::Tensor variance = p * (1 - p);
-  const at::Tensor close = variance * difference.square() *
-                           (0.5 - difference * ((1 - 2 * p) / 6 - difference * ((1 - 6 * variance) / 24)));
+  const at::Tensor close =
+      variance * difference.square() * (0.5 - difference * ((1 - 2 * p) / 6 - difference * ((1 - 6 * variance) / 24)));
   const auto product = [](const at::Tensor& factor, const at::Tensor& value) {
     return (factor * value).masked_fill_(factor == 0, 0);  // a sure bit does not see an infinite logit
   };
@@ -71,14 +73,8 @@ inline at::Tensor bernoulli_kl_prior_gradient(const at::Tensor& logits, const at
   return logistic(prior_logits) - logistic(logits);
 }
 
-/// The argument type of a tensor that may be missing: an undefined tensor cannot be an input of an autograd function.
-using OptionalTensor = torch::autograd::optional_variable_list::value_type;
-
-inline OptionalTensor optional_tensor(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
-}
-
-/// The KL of each bit for a graph of any order: its gradient is again made of differentiable operations, and smooth at 0.
+/// The KL of each bit for a graph of any order: its gradient is again made of differentiable operations, and smooth at
+/// 0.
 struct BernoulliKLFunction : torch::autograd::Function<BernoulliKLFunction> {
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& logits,
                             const OptionalTensor& prior_logits) {

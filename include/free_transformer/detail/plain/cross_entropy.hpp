@@ -34,8 +34,7 @@ inline CrossEntropyPositions cross_entropy_positions(const CrossEntropyTerms& te
     positions.counted = counted;
     positions.class_index = terms.targets.masked_fill(~(in_range & counted), 0);
     // Reading the targets would stall a device's stream, so a wrong one must show in the result.
-    positions.token_weight =
-        positions.token_weight.masked_fill(~in_range, std::numeric_limits<double>::quiet_NaN());
+    positions.token_weight = positions.token_weight.masked_fill(~in_range, std::numeric_limits<double>::quiet_NaN());
     if (terms.class_weight.defined()) {
       positions.target_weight = terms.class_weight.index_select(0, positions.class_index);
     }
@@ -90,7 +89,7 @@ inline at::Tensor weighted_surprise(const at::Tensor& weight, const at::Tensor& 
 }
 
 inline PivotedRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropyTerms& terms,
-                                           const CrossEntropyPositions& positions) {
+                                      const CrossEntropyPositions& positions) {
   const auto type = arithmetic_type(logits.scalar_type());
   const int64_t classes = logits.size(-1);
   const auto options = logits.options().dtype(type);
@@ -117,9 +116,9 @@ inline PivotedRows cross_entropy_rows(const at::Tensor& logits, const CrossEntro
       likelihood_loss = (target_weight * nll).masked_fill_(target_weight == 0, 0) * (1 - terms.label_smoothing);
       if (terms.label_smoothing > 0) {
         const at::Tensor surprise = (maximum - x).add_(log_sum.unsqueeze(1));
-        likelihood_loss += (terms.class_weight.defined() ? weighted_surprise(terms.class_weight, surprise)
-                                                         : sum_of_rows(surprise)) *
-                           (terms.label_smoothing / static_cast<double>(classes));
+        likelihood_loss +=
+            (terms.class_weight.defined() ? weighted_surprise(terms.class_weight, surprise) : sum_of_rows(surprise)) *
+            (terms.label_smoothing / static_cast<double>(classes));
       }
     }
     part(rows.prediction).copy_(pivot.squeeze(1));
@@ -130,8 +129,8 @@ inline PivotedRows cross_entropy_rows(const at::Tensor& logits, const CrossEntro
     part(rows.likelihood_loss).copy_(likelihood_loss);
   });
   const at::Tensor left_out = ~positions.counted;
-  for (at::Tensor* values : {&rows.nll, &rows.likelihood_loss, &rows.log_sum_exp, &rows.prediction, &rows.maximum,
-                             &rows.others}) {
+  for (at::Tensor* values :
+       {&rows.nll, &rows.likelihood_loss, &rows.log_sum_exp, &rows.prediction, &rows.maximum, &rows.others}) {
     values->masked_fill_(left_out, 0);
   }
   return rows;
@@ -162,7 +161,8 @@ inline at::Tensor hits(const CrossEntropyRows& rows, const CrossEntropyTerms& te
   return (rows.prediction == wanted) & positions.counted;
 }
 
-/// The sums of `ReconstructionSum`, in its order; hits are counted only if asked for, as probabilities make them costly.
+/// The sums of `ReconstructionSum`, in its order; hits are counted only if asked for, as probabilities make them
+/// costly.
 inline at::Tensor reconstruction_sums(const CrossEntropyRows& rows, const CrossEntropyLosses& losses,
                                       const CrossEntropyTerms& terms, const CrossEntropyPositions& positions,
                                       bool count_hits) {
@@ -180,8 +180,8 @@ inline at::Tensor reduced_loss(const at::Tensor& sums, const Normalization& norm
          sums[z_loss_sum] * loss_scale(normalization, sums[token_weight_sum]);
 }
 
-/// Gradient to the logits, of their shape and type. likelihood_scale and z_scale are what each part of a position's loss is
-/// multiplied by on its way to the final value: [N] or 0-dim, in the type of arithmetic.
+/// Gradient to the logits, of their shape and type. likelihood_scale and z_scale are what each part of a position's
+/// loss is multiplied by on its way to the final value: [N] or 0-dim, in the type of arithmetic.
 inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEntropyTerms& terms,
                                          const CrossEntropyPositions& positions, const PivotedRows& rows,
                                          const at::Tensor& likelihood_scale, const at::Tensor& z_scale) {
@@ -203,11 +203,13 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEn
     const at::Tensor pivot = column(part(rows.prediction));
     const at::Tensor others = part(rows.others);
     const at::Tensor x = arithmetic_logits(block, terms.softcap);
-    at::Tensor target = part(gradient_rows);  // written directly where no rounding is due: no memory beside the gradient
+    at::Tensor target =
+        part(gradient_rows);  // written directly where no rounding is due: no memory beside the gradient
     at::Tensor g = target.scalar_type() == type ? at::sub_out(target, x, column(part(rows.maximum)))
                                                 : x - column(part(rows.maximum));
     g.exp_();
-    at::Tensor at_pivot, rest, total;  // coefficients of lse - x_c: of the pivot, summed over c != pivot, and over all c
+    at::Tensor at_pivot, rest,
+        total;  // coefficients of lse - x_c: of the pivot, summed over c != pivot, and over all c
     if (terms.has_probabilities()) {
       const at::Tensor coefficients =
           smoothed_probabilities(part(terms.targets), terms, type) * column(part(likelihood));
@@ -223,8 +225,7 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEn
       at_pivot = target_part.masked_fill(hit.logical_not(), 0);
       total = part(of_z) + target_part;
       if (terms.label_smoothing > 0) {
-        const at::Tensor weight =
-            terms.class_weight.defined() ? terms.class_weight : at::ones({classes}, x.options());
+        const at::Tensor weight = terms.class_weight.defined() ? terms.class_weight : at::ones({classes}, x.options());
         const at::Tensor weight_sum = ordered_sum(weight);
         const at::Tensor weight_of_pivot = weight.index_select(0, part(rows.prediction));
         rest = rest + part(spread) * (weight_sum - weight_of_pivot);

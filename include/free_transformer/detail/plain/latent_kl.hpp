@@ -64,10 +64,11 @@ LatentLosses latent_losses(const at::Tensor& z_logits, const at::Tensor& prior_l
   });
   const at::Tensor kl_sum = ordered_sum(at::stack(kl_sums, 1));
   const at::Tensor bit_sums = kl_sum.narrow(0, 0, bits), weight_sum = kl_sum.narrow(0, bits, 1);
-  LatentLosses losses{keep_penalty ? at::zeros(u.sizes(), u.options()) : at::Tensor(), {},
-                      bit_sums.sum() / weight_sum.squeeze(0)};
+  LatentLosses losses{
+      keep_penalty ? at::zeros(u.sizes(), u.options()) : at::Tensor(), {}, bit_sums.sum() / weight_sum.squeeze(0)};
   const at::Tensor above_any_budget = at::full_like(losses.mean_kl, std::numeric_limits<double>::infinity());
-  std::vector<at::Tensor> penalty_sums{at::zeros({2}, u.options())};  // a block's sums of the penalty and of active positions
+  std::vector<at::Tensor> penalty_sums{
+      at::zeros({2}, u.options())};  // a block's sums of the penalty and of active positions
   for_each_block_kl([&](const at::Tensor& kl, const auto& part) {
     const at::Tensor penalty =
         (FreeBits::penalty(kl, losses.mean_kl, terms.free_bits) * part(u)).masked_fill_(part(positions.left_out), 0);
@@ -107,9 +108,7 @@ LatentGradients latent_gradients(const at::Tensor& z_logits, const at::Tensor& p
       gate = torch::autograd::grad({FreeBits::penalty(leaf, mean_kl, terms.free_bits)}, {leaf}, {position_scale})[0];
     }
     const at::Tensor wide = block.to(kl.scalar_type());
-    const auto finish = [&](const at::Tensor& of_kl) {
-      return (gate * of_kl).masked_fill_(left_out.unsqueeze(1), 0);
-    };
+    const auto finish = [&](const at::Tensor& of_kl) { return (gate * of_kl).masked_fill_(left_out.unsqueeze(1), 0); };
     if (gradients.z_logits.defined()) {
       part(gradients.z_logits.view({-1, bits})).copy_(finish(bernoulli_kl_gradient(wide, prior)));
     }
@@ -142,7 +141,8 @@ at::Tensor differentiable_latent_loss(const at::Tensor& z_logits, const at::Tens
   if (prior_logits.defined()) {
     prior = prior_logits.to(wide).reshape({-1, bits}).expand({z.size(0), bits}).masked_fill(left_out, 0);
   }
-  const at::Tensor penalty = FreeBits::penalty(BernoulliKLFunction::apply(z, optional_tensor(prior)), mean_kl, terms.free_bits);
+  const at::Tensor penalty =
+      FreeBits::penalty(BernoulliKLFunction::apply(z, optional_tensor(prior)), mean_kl, terms.free_bits);
   return (penalty * positions.token_weight * scale).masked_fill(positions.left_out, 0).sum();
 }
 

@@ -27,7 +27,8 @@ inline at::IntArrayRef shape_of_positions(const at::Tensor& logits) {
 /// True if `view({-1, last size})` needs no copy.
 inline bool rows_are_viewable(const at::Tensor& tensor) {
   bool is_outer = false;
-  int64_t wanted = 0;  // stride of a dimension outside those seen so far; the stride of a dimension of size 1 means nothing
+  int64_t wanted =
+      0;  // stride of a dimension outside those seen so far; the stride of a dimension of size 1 means nothing
   for (int64_t dim = tensor.dim() - 2; dim >= 0; --dim) {
     if (tensor.size(dim) == 1) continue;
     if (is_outer && tensor.stride(dim) != wanted) return false;
@@ -37,8 +38,9 @@ inline bool rows_are_viewable(const at::Tensor& tensor) {
   return true;
 }
 
-/// Calls visit(block, first_row) for blocks [rows, last size] that together are all rows of the tensor, in order. Shifted or
-/// permuted tensors are visited where they lie: a contiguous copy of the logits would cost as much as their gradient.
+/// Calls visit(block, first_row) for blocks [rows, last size] that together are all rows of the tensor, in order.
+/// Shifted or permuted tensors are visited where they lie: a contiguous copy of the logits would cost as much as their
+/// gradient.
 template <typename Visit>
 void for_each_row_block(const at::Tensor& tensor, int64_t first_row, const Visit& visit) {
   if (tensor.dim() == 1) return visit(tensor.unsqueeze(0), first_row);

@@ -1,0 +1,139 @@
+/// A row of the benchmark: the same work done by the library, by a baseline and, for the scale, by a copy of the input.
+#pragma once
+
+#include <benchmark/benchmark.h>
+
+#include <c10/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../unit/peak_memory.hpp"
+
+namespace benchmarks {
+
+struct Work {
+  std::function<void()> ours, baseline, copy;  ///< copy may be empty
+  size_t input_bytes = 0;                      ///< what peak memory is measured in
+};
+
+enum class Ratio { baseline_to_ours, ours_to_baseline, ours_to_copy, memory_to_input };
+
+/// How a ratio reads in the table, and whether a large one is good.
+inline const char* description(Ratio ratio) {
+  switch (ratio) {
+    case Ratio::baseline_to_ours:
+      return "baseline / ours";
+    case Ratio::ours_to_baseline:
+      return "ours / baseline";
+    case Ratio::ours_to_copy:
+      return "ours / copy";
+    case Ratio::memory_to_input:
+      return "extra memory / logits";
+  }
+  return "";
+}
+
+inline bool larger_is_better(Ratio ratio) { return ratio == Ratio::baseline_to_ours; }
+
+struct Requirement {
+  Ratio ratio;
+  double limit = 0;  ///< 0: none, the ratio is only shown
+
+  bool is_reached_by(double value) const { return larger_is_better(ratio) ? value >= limit : value <= limit; }
+};
+
+struct Comparison {
+  std::string name, baseline, shape;
+  c10::ScalarType type;
+  std::vector<Requirement> requirements;
+  std::function<Work()> prepare;  ///< makes the inputs, which are too large to keep those of all rows
+};
+
+/// Seconds of one call in each round.
+struct Timings {
+  std::vector<double> ours, baseline, copy;
+};
+
+/// The value below which this part of the sample lies, between neighbours if need be.
+inline double quantile(std::vector<double> sample, double part) {
+  if (sample.empty()) return std::nan("");
+  std::sort(sample.begin(), sample.end());
+  const double position = part * static_cast<double>(sample.size() - 1);
+  const auto below = static_cast<size_t>(position), above = std::min(below + 1, sample.size() - 1);
+  return sample[below] + (position - std::floor(position)) * (sample[above] - sample[below]);
+}
+
+inline double median(const std::vector<double>& sample) { return quantile(sample, 0.5); }
+
+/// Receives what Google Benchmark has timed: one run of each contestant a round, told apart by its name.
+class RoundReporter : public benchmark::BenchmarkReporter {
+ public:
+  explicit RoundReporter(Timings& timings) : timings_(timings) {}
+
+  bool ReportContext(const Context& /*context*/) override { return true; }
+
+  void ReportRuns(const std::vector<Run>& runs) override {
+    for (const auto& run : runs) {
+      const auto& name = run.run_name.function_name;
+      auto& seconds = name == "ours" ? timings_.ours : name == "baseline" ? timings_.baseline : timings_.copy;
+      seconds.push_back(run.real_accumulated_time / static_cast<double>(run.iterations));
+    }
+  }
+
+ private:
+  Timings& timings_;
+};
+
+inline void register_contestant(const char* name, const std::function<void()>& run) {
+  constexpr double seconds_a_round = 0.03;
+  if (!run) return;
+  benchmark::RegisterBenchmark(name,
+                               [&run](benchmark::State& state) {
+                                 for (auto _ : state) run();
+                               })
+      ->UseRealTime()
+      ->MinTime(seconds_a_round);
+}
+
+/// Each round times ours, the baseline and the copy in turn, right after each other.
+inline Timings time_in_turn(const Work& work, int rounds) {
+  register_contestant("ours", work.ours);
+  register_contestant("baseline", work.baseline);
+  register_contestant("copy", work.copy);
+  Timings timings, warm_up;
+  RoundReporter reporter(timings), warm_up_reporter(warm_up);
+  benchmark::RunSpecifiedBenchmarks(&warm_up_reporter);
+  for (int round = 0; round < rounds; ++round) benchmark::RunSpecifiedBenchmarks(&reporter);
+  benchmark::ClearRegisteredBenchmarks();
+  return timings;
+}
+
+/// The median of the rounds' ratios: a machine that others use too is slow for seconds at a time, and within a round
+/// that hits both sides alike; the ratio of two medians could take one from a slow and the other from a fast second.
+inline double median_ratio(const std::vector<double>& numerators, const std::vector<double>& denominators) {
+  std::vector<double> ratios(numerators.size());
+  std::transform(numerators.begin(), numerators.end(), denominators.begin(), ratios.begin(), std::divides<>());
+  return median(ratios);
+}
+
+inline double measured_ratio(Ratio ratio, const Timings& timings, const Work& work) {
+  switch (ratio) {
+    case Ratio::baseline_to_ours:
+      return median_ratio(timings.baseline, timings.ours);
+    case Ratio::ours_to_baseline:
+      return median_ratio(timings.ours, timings.baseline);
+    case Ratio::ours_to_copy:
+      return median_ratio(timings.ours, timings.copy);
+    case Ratio::memory_to_input:
+      break;
+  }
+  return static_cast<double>(numeric::peak_of(work.ours)) / static_cast<double>(work.input_bytes);
+}
+
+}  // namespace benchmarks

@@ -1,0 +1,188 @@
+/// The rows of the benchmark: what is compared with what, and which ratio must be reached.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <free_transformer/detail/kernels/instruction_set.hpp>
+#include <free_transformer/losses.hpp>
+
+#include "comparison.hpp"
+#include "eager.hpp"
+#include "graph_input.hpp"
+
+namespace benchmarks {
+
+using free_transformer::ReconstructionLossOptions;
+using Loss = std::function<Tensor(const Tensor& logits, const Tensor& targets)>;
+using Requirements = std::vector<Requirement>;
+
+inline constexpr double free_bits = 0.3466;
+inline constexpr Shape large{1024, 32768}, tiny{32, 256};
+inline constexpr torch::ScalarType both_types[] = {torch::kFloat, torch::kBFloat16};
+
+inline std::string shape_name(Shape shape) { return std::to_string(shape.rows) + "x" + std::to_string(shape.columns); }
+
+inline double limit_of_instruction_set(double avx512, double avx2) {
+  using free_transformer::detail::kernels::InstructionSet;
+  const InstructionSet set = free_transformer::detail::kernels::instruction_set();
+  return set == InstructionSet::avx512 ? avx512 : set == InstructionSet::avx2 ? avx2 : 0;
+}
+
+inline Tensor eager_cross_entropy(const Tensor& logits, const Tensor& targets) {
+  return eager::cross_entropy(logits, targets);
+}
+
+inline Loss our_loss(const ReconstructionLossOptions& options) {
+  return [options](const Tensor& logits, const Tensor& targets) {
+    return free_transformer::compute_reconstruction_loss(logits, targets, options);
+  };
+}
+
+inline std::function<void()> copy_of(const Tensor& values) {
+  return [values, destination = torch::empty_like(values)] { destination.copy_(values); };
+}
+
+/// Forward and backward of a loss of dense logits.
+inline Comparison cross_entropy_row(std::string name, Shape shape, torch::ScalarType type, Requirements requirements,
+                                    const Loss& ours, const Loss& baseline = eager_cross_entropy) {
+  const auto prepare = [=] {
+    const Tensor values = random_logits(shape, type), targets = random_targets(shape);
+    const Tensor logits = graph_input(values);
+    return Work{[=] { ours(logits, targets).backward(); }, [=] { baseline(logits, targets).backward(); },
+                copy_of(values), values.nbytes()};
+  };
+  return {std::move(name), "F::cross_entropy", shape_name(shape), type, std::move(requirements), prepare};
+}
+
+/// The same where the gradient is written over the logits: each call needs a graph of its own. From the second call on
+/// the logits are the last gradient, which changes no time.
+inline Comparison in_place_row(std::string name, Shape shape, torch::ScalarType type, Requirements requirements) {
+  const auto prepare = [=] {
+    const Tensor values = random_logits(shape, type), targets = random_targets(shape);
+    const Loss ours = our_loss(ReconstructionLossOptions().inplace(true));
+    return Work{[=] { ours(graph_input(values), targets).backward(); },
+                [=] { eager_cross_entropy(graph_input(values), targets).backward(); }, copy_of(values),
+                values.nbytes()};
+  };
+  return {std::move(name), "F::cross_entropy", shape_name(shape), type, std::move(requirements), prepare};
+}
+
+inline Comparison forward_row(Shape shape, torch::ScalarType type, Requirements requirements) {
+  const auto without_gradient = [](const Loss& loss, const Tensor& logits, const Tensor& targets) {
+    return [=] {
+      const torch::NoGradGuard no_grad;
+      loss(logits, targets);
+    };
+  };
+  const auto prepare = [=] {
+    const Tensor logits = random_logits(shape, type), targets = random_targets(shape);
+    return Work{without_gradient(our_loss({}), logits, targets), without_gradient(eager_cross_entropy, logits, targets),
+                copy_of(logits), logits.nbytes()};
+  };
+  return {"cross entropy forward alone", "F::cross_entropy", shape_name(shape), type, std::move(requirements), prepare};
+}
+
+inline Comparison kl_row(torch::ScalarType type, Requirements requirements) {
+  const auto prepare = [=] {
+    const Tensor values = torch::randn({64, 2048, 16}, type);
+    const Tensor z_logits = graph_input(values);
+    return Work{[=] { free_transformer::compute_kl_divergence(z_logits, 16, free_bits).backward(); },
+                [=] { eager::kl_divergence(z_logits, free_bits).backward(); }, copy_of(values), values.nbytes()};
+  };
+  return {"latent KL", "formula in tensor operations", "64x2048x16", type, std::move(requirements), prepare};
+}
+
+/// The whole loss with its metrics, compared with its two terms one after the other.
+inline Comparison vae_row(Shape shape, torch::ScalarType type, Requirements requirements) {
+  const auto prepare = [=] {
+    const Tensor values = random_logits(shape, type), targets = random_targets(shape);
+    const Tensor logits = graph_input(values), z_logits = graph_input(torch::randn({shape.rows, 16}, type));
+    const auto terms = [=] {
+      free_transformer::compute_reconstruction_loss(logits, targets).backward();
+      free_transformer::compute_kl_divergence(z_logits).backward();
+    };
+    return Work{[=] { free_transformer::compute_vae_loss(logits, targets, z_logits).loss.backward(); }, terms,
+                copy_of(values), values.nbytes()};
+  };
+  return {"VAE loss with metrics", "its two terms", shape_name(shape), type, std::move(requirements), prepare};
+}
+
+inline void add_plain_rows(std::vector<Comparison>& rows) {
+  const Requirement eager{Ratio::baseline_to_ours}, copy{Ratio::ours_to_copy}, memory{Ratio::memory_to_input};
+  const auto at = [](Requirement requirement, double limit) { return requirement.limit = limit, requirement; };
+  for (const auto type : both_types) {
+    const bool is_float = type == torch::kFloat;
+    rows.push_back(in_place_row(
+        "cross entropy in place", large, type,
+        {is_float ? at(copy, limit_of_instruction_set(2.0, 2.5)) : copy, at(eager, is_float ? 12 : 8), memory}));
+    // The results of each position come on top of the gradient: five numbers beside 32768.
+    rows.push_back(cross_entropy_row("cross entropy", large, type,
+                                     {copy, at(eager, is_float ? 6 : 5), at(memory, 1.001)}, our_loss({})));
+    rows.push_back(forward_row(large, type, {is_float ? at(eager, limit_of_instruction_set(5, 4)) : eager}));
+    rows.push_back(cross_entropy_row("cross entropy tiny batch", tiny, type, {at(eager, 1)}, our_loss({})));
+    rows.push_back(kl_row(type, {copy, at(eager, 10)}));
+    rows.push_back(vae_row(large, type, {{Ratio::ours_to_baseline, 1.1}}));
+    rows.push_back(vae_row(tiny, type, {{Ratio::ours_to_baseline}}));
+  }
+  rows.push_back(cross_entropy_row("cross entropy", large, torch::kDouble, {at(eager, 3)}, our_loss({})));
+}
+
+inline void add_option_rows(std::vector<Comparison>& rows) {
+  constexpr double label_smoothing = 0.1, z_loss = 1e-4, softcap = 30;
+  const Requirements four_times{{Ratio::baseline_to_ours, 4}};
+  for (const auto type : both_types) {
+    const Tensor weight = torch::rand({large.columns}).add_(0.5).to(type);
+    const auto add = [&](const char* name, const ReconstructionLossOptions& options, const Loss& baseline) {
+      rows.push_back(cross_entropy_row(name, large, type, four_times, our_loss(options), baseline));
+    };
+    const auto eager_with = [](const torch::nn::functional::CrossEntropyFuncOptions& options) {
+      return [options](const Tensor& logits, const Tensor& targets) {
+        return eager::cross_entropy(logits, targets, options);
+      };
+    };
+    add("cross entropy with label_smoothing", ReconstructionLossOptions().label_smoothing(label_smoothing),
+        eager_with(torch::nn::functional::CrossEntropyFuncOptions().label_smoothing(label_smoothing)));
+    add("cross entropy with weight", ReconstructionLossOptions().weight(weight),
+        eager_with(torch::nn::functional::CrossEntropyFuncOptions().weight(weight)));
+    add("cross entropy with z_loss", ReconstructionLossOptions().z_loss(z_loss),
+        [](const Tensor& logits, const Tensor& targets) {
+          return eager::cross_entropy_with_z_loss(logits, targets, z_loss);
+        });
+    add("cross entropy with softcap", ReconstructionLossOptions().softcap(softcap),
+        [](const Tensor& logits, const Tensor& targets) {
+          return eager::capped_cross_entropy(logits, targets, softcap);
+        });
+  }
+}
+
+/// Vocabularies of real models, at 256 MB of float32 logits each. No limits: they show that the ratios hold.
+inline void add_model_rows(std::vector<Comparison>& rows) {
+  struct Model {
+    const char* name;
+    Shape shape;
+  };
+  constexpr Model models[] = {
+      {"GPT-2", {1280, 50257}}, {"Llama 2", {2048, 32000}}, {"Llama 3", {512, 128256}}, {"Gemma", {256, 262144}}};
+  const Requirements shown{{Ratio::ours_to_copy}, {Ratio::baseline_to_ours}};
+  for (const auto type : both_types) {
+    for (const auto& [name, shape] : models) {
+      rows.push_back(cross_entropy_row(std::string(name) + " vocabulary", shape, type, shown, our_loss({})));
+      rows.push_back(in_place_row(std::string(name) + " vocabulary in place", shape, type, shown));
+    }
+  }
+}
+
+inline std::vector<Comparison> all_rows() {
+  std::vector<Comparison> rows;
+  add_plain_rows(rows);
+  add_option_rows(rows);
+  add_model_rows(rows);
+  return rows;
+}
+
+}  // namespace benchmarks
