@@ -55,15 +55,13 @@ struct KLDivergenceOptions {
   /// H >= 1, the number of latent bits. Default: 16.
   TORCH_ARG(int64_t, latent_dim) = 16;
 
-  /// kappa >= 0, the budget in nats: for each position, bit or batch, as the policy has it. Default: 0.3466, half a
-  /// bit.
+  /// kappa >= 0, the budget in nats: for each position, bit or batch, as the policy has it. Default: half a bit, 0.3466.
   TORCH_ARG(double, free_bits) = 0.3466;
 
   /// Weight u of each position, `[...]`, bool or floating, finite and >= 0. Default: 1 everywhere.
   TORCH_ARG(torch::Tensor, token_weight);
 
-  /// Logits of the prior's bits, `[latent_dim]` or like z_logits; they get a gradient. Default: 0, uniform over 2^H
-  /// codes.
+  /// Logits of the prior's bits, `[latent_dim]` or like z_logits; they get a gradient. Default: 0, all codes alike.
   TORCH_ARG(torch::Tensor, prior_logits);
 
   /// `torch::kMean` (default), `torch::kSum` or `torch::kNone`.
@@ -104,10 +102,10 @@ LatentResult latent_kl(const torch::Tensor& z_logits, const KLDivergenceOptions&
 /// z_logits   [..., latent_dim], floating; half and bfloat16 are computed in float32 or better. +-inf is a sure bit
 /// Returns    a scalar, or [...] with kNone; float32, or float64 for float64. 0 if nothing counts, NaN if a NaN counts.
 ///            Each bit's KL is within 2 ulp of float32, also where z is tiny
-/// Saved      z_logits, prior_logits, the weights. Double backward works
+/// Saved      z_logits, prior_logits, the weights; by the vector kernels also the gradient, for the first backward.
+///            Double backward works
 /// Throws     c10::Error if the last size is not latent_dim, free_bits is negative or not finite, a type is not
-/// floating,
-///            or a weight or prior does not fit z_logits
+///            floating, or a weight or prior does not fit z_logits
 template <typename FreeBits = PerPosition>
 torch::Tensor compute_kl_divergence(const torch::Tensor& z_logits, const KLDivergenceOptions& options) {
   return detail::latent_kl<FreeBits>(z_logits, options).loss;

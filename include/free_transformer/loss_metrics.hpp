@@ -20,14 +20,14 @@
 namespace free_transformer {
 
 /// Named figures of one or more calls of `compute_vae_loss`, each a mean over the positions that counted:
-///     loss/total = loss/reconstruction + loss/kl_weighted,   loss/kl_weighted = beta_kl loss/kl      nats
-///     metrics/perplexity   exp of the mean negative log-likelihood given Z: the posterior's, not a language model's
-///     latent/kl_bits       KL of a position before the hinge, in bits
+///     loss/total               loss/reconstruction + loss/kl_weighted, in nats; loss/kl_weighted = beta_kl loss/kl
+///     metrics/perplexity       exp of the mean negative log-likelihood given Z: the posterior's, not a language model's
+///     latent/kl_bits           KL of a position before the hinge, in bits
 ///     latent/active_fraction   share of the positions above their budget
-///     latent/active_bits   number of latent bits whose mean KL is above 0.01 nats
-///     bound/elbo, bound/elbo_bits   negative log-likelihood + KL before the hinge, a token: comparable with a language
-///     model metrics/accuracy     share of the positions whose most likely class is the target; only if asked for in
-///     the options
+///     latent/active_bits       number of latent bits whose mean KL is above 0.01 nats
+///     bound/elbo               negative log-likelihood + KL before the hinge, nats a token: comparable with a language
+///                              model; bound/elbo_bits is the same in bits
+///     metrics/accuracy         share of the positions whose most likely class is the target; only if options ask for it
 /// They do not depend on `reduction` and `normalizer`: a += b gives what one call on both batches would have given.
 /// Nothing is copied to the host before the first read; then everything is, once. Reading throws c10::Error for an
 /// unknown name. Not safe to read from two threads at once.

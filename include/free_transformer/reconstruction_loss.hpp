@@ -95,17 +95,16 @@ inline ReconstructionResult reconstruct(const torch::Tensor& logits, const torch
 /// Cross entropy of the targets, in nats. With y the target of position t, u its weight, w the class weights, epsilon
 /// the label smoothing, x the logits (capped first of all) and lse = log sum_j exp(x_j):
 ///     loss_t = u [(1-epsilon) w_y (lse - x_y) + epsilon/V sum_c w_c (lse - x_c)] + u z_loss lse^2
-///     mean   = sum of the first terms / sum u w_y + sum of the last / sum u, or all of it / normalizer; kSum: no
-///     divisor
+///     mean   = sum of the first terms / sum u w_y + sum of the last / sum u, or all of it / normalizer; kSum: no divisor
 /// which without options is 1/T sum_t (lse - x_y) over the T positions that are not ignored.
 /// logits   [..., vocab_size], floating, any strides; half and bfloat16 are computed in float32. -inf masks a class
 /// targets  [...], any integer type; or class probabilities q of the logits' shape: the bracket is then
 ///          sum_c w_c ((1-epsilon) q_c + epsilon/V) (lse - x_c), and its sum is divided by sum u
 /// Returns  a scalar, or [...] with kNone; float32, or float64 for float64. 0 if nothing counts, NaN if a NaN counts.
 ///          Relative accuracy holds for a confident model, too
-/// Saved    logits, five numbers a position. Double backward works. Positions that are ignored or of weight 0 have a
-/// loss
-///          and a gradient of exactly 0; a class of weight 0 has no likelihood term
+/// Saved    logits, five numbers a position; by the vector kernels also the gradient, for the first backward. Double
+///          backward works. Positions that are ignored or of weight 0 have a loss and a gradient of exactly 0; a class
+///          of weight 0 has no likelihood term
 /// Throws   c10::Error if a type, shape, device or setting does not fit, or (on the CPU) a target or a weight is out of
 ///          range; on other devices a target out of range makes the loss NaN
 template <typename Logits>

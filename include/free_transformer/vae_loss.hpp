@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <variant>
 
 #include "free_transformer/detail/checks.hpp"
 #include "free_transformer/kl_divergence.hpp"
@@ -82,12 +83,20 @@ VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& target
                                const VAELossOptions& options) {
   constexpr const char* function = "compute_vae_loss";
   detail::check_not_negative(function, "beta_kl", options.beta_kl());
+  constexpr auto is_unreduced = [](const Reduction& reduction) {
+    return std::holds_alternative<torch::enumtype::kNone>(reduction);
+  };
+  TORCH_CHECK(is_unreduced(options.reconstruction().reduction()) == is_unreduced(options.kl().reduction()), function,
+              ": reduction must be kNone for both terms or for neither, got kNone for one alone");
   const ReconstructionResult reconstruction = reconstruct(logits, targets, options.reconstruction());
   detail::check_defined(function, "z_logits", z_logits);
   detail::check_device(function, "z_logits", z_logits, "the logits", reconstruction.loss.device());
   const auto latent = detail::latent_kl<FreeBits>(
       z_logits, options.mask_ignored_latents() ? detail::masked_like_targets(function, options, targets, z_logits)
                                                : options.kl());
+  TORCH_CHECK(reconstruction.loss.sizes() == latent.loss.sizes(), function,
+              ": z_logits must have the positions of the targets with kNone, ", reconstruction.loss.sizes(), ", got ",
+              latent.loss.sizes());
   return {at::add(reconstruction.loss, latent.loss, /*alpha=*/options.beta_kl()),
           LossMetrics(reconstruction.sums, latent.sums, options.beta_kl(), options.free_bits(),
                       std::is_same_v<FreeBits, BatchMean>, options.accuracy())};

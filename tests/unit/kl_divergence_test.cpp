@@ -1,5 +1,6 @@
 #include "free_transformer/kl_divergence.hpp"
 
+#include "instruction_sets.hpp"
 #include "numeric.hpp"
 
 namespace {
@@ -63,6 +64,7 @@ TEST_CASE("n bits are n log 2 nats", "[kl]") {
 }
 
 TEST_CASE("The latent KL has the value and the gradient of its equation for every policy", "[kl][reference]") {
+  const Forced forced(GENERATE(from_range(available_instruction_sets())));
   for (const auto& input : reference::latent_cases) {
     for (const auto type : all_types) {
       if (!holds(type, input.exact)) continue;
@@ -75,6 +77,7 @@ TEST_CASE("The latent KL has the value and the gradient of its equation for ever
 }
 
 TEST_CASE("The KL of a bit is within 2 ulp over the floats, its gradient within 4", "[kl][accuracy]") {
+  const Forced forced(GENERATE(from_range(available_instruction_sets())));
   // Every 4001st float from the smallest to infinity. The expected values: where |l| < 1/64 the series of KL in l,
   // whose next term is below 1e-14 of it; elsewhere its equation in long double, where cancellation leaves 1e-19/3e-5 =
   // 3e-15.

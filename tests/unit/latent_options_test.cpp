@@ -1,6 +1,7 @@
 // The options of the latent term and of the whole loss: against references, in both orders of the gradient, and
 // refused.
 #include "free_transformer/vae_loss.hpp"
+#include "instruction_sets.hpp"
 #include "numeric.hpp"
 
 namespace {
@@ -106,6 +107,7 @@ const std::vector<double> some_priors{0.125, -0.25, -0.5, -0.125, 0.25, 0.5, 0.2
 }  // namespace
 
 TEST_CASE("Every option of the latent KL has the value and the gradients of its equation", "[kl][options][reference]") {
+  const Forced forced(GENERATE(from_range(available_instruction_sets())));
   for (const auto& input : reference::latent_option_cases) {
     for (const auto type : all_types) {
       if (!holds(type, input.exact)) continue;
@@ -418,4 +420,22 @@ TEST_CASE("mask_ignored_latents refuses latents of other positions", "[vae][opti
         "compute_vae_loss: kl().token_weight must have one value for each position, shape [2, 2], got [2]");
   CHECK(error(eighths({2, 2, 3}), KLDivergenceOptions().token_weight(torch::full({2, 2}, -1.0))) ==
         "compute_kl_divergence: token_weight must be finite and >= 0, got -1 at index 0");
+}
+
+TEST_CASE("Both terms are reduced, or neither", "[vae][options][errors]") {
+  const Tensor logits = eighths({2, 3, 5}), targets = torch::ones({2, 3}, torch::kLong), z_logits = eighths({2, 3, 4});
+  const auto error = [&](const Reduction& of_tokens, const Reduction& of_latents, const Tensor& z) {
+    const auto options = VAELossOptions()
+                             .reconstruction(ReconstructionLossOptions().reduction(of_tokens))
+                             .kl(KLDivergenceOptions().latent_dim(4).reduction(of_latents));
+    return error_of([&] { compute_vae_loss(logits, targets, z, options); });
+  };
+  const std::string alone =
+      "compute_vae_loss: reduction must be kNone for both terms or for neither, got kNone for one alone";
+  CHECK(error(torch::kNone, torch::kMean, z_logits) == alone);
+  CHECK(error(torch::kSum, torch::kNone, z_logits) == alone);
+  CHECK(error(torch::kSum, torch::kMean, z_logits) == "");
+  CHECK(error(torch::kNone, torch::kNone, z_logits) == "");
+  CHECK(error(torch::kNone, torch::kNone, z_logits.slice(0, 0, 1)) ==
+        "compute_vae_loss: z_logits must have the positions of the targets with kNone, [2, 3], got [1, 3]");
 }

@@ -1,5 +1,6 @@
 #include "free_transformer/reconstruction_loss.hpp"
 
+#include "instruction_sets.hpp"
 #include "numeric.hpp"
 
 namespace {
@@ -37,6 +38,7 @@ free_transformer::ReconstructionResult reconstruct(const TemperedLogits& source,
 }  // namespace user
 
 TEST_CASE("Cross entropy has the value and the gradient of its equation", "[reconstruction][reference]") {
+  const Forced forced(GENERATE(from_range(available_instruction_sets())));
   for (const auto& expected : reference::cross_entropy_cases) {
     for (const auto type : all_types) {
       if (!holds(type, expected.exact)) continue;

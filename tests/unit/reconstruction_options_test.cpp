@@ -4,7 +4,9 @@
 
 #include <numeric>
 
+#include "free_transformer/kl_divergence.hpp"
 #include "free_transformer/reconstruction_loss.hpp"
+#include "instruction_sets.hpp"
 #include "numeric.hpp"
 
 namespace {
@@ -84,6 +86,7 @@ int64_t nonzeros(const Tensor& values) { return values.count_nonzero().item<int6
 }  // namespace
 
 TEST_CASE("Every option has the value and the gradient of its equation", "[reconstruction][options][reference]") {
+  const Forced forced(GENERATE(from_range(available_instruction_sets())));
   for (const auto& expected : reference::option_cases) {
     for (const auto type : all_types) {
       if (!holds(type, expected.exact)) continue;
@@ -359,6 +362,22 @@ TEST_CASE("Weights that are changed after the loss do not change its gradient", 
       INFO("strided " << strided << ", probabilities " << targets.is_floating_point());
       CHECK(same_bits(gradient(loss, x), before));
       CHECK(same_bits(gradient(loss, x, {}, /*create_graph=*/true), second));
+    }
+  }
+}
+
+TEST_CASE("A normalizer that is changed after the loss does not change its gradient", "[reconstruction][kl][graph]") {
+  for (const auto type : all_types) {
+    INFO(type);
+    const Tensor logits = leaf(eighths({4, 5}, type)), targets = torch::arange(4);
+    const Tensor normalizer = torch::tensor(3.0);
+    for (const Tensor& loss :
+         {compute_reconstruction_loss(logits, targets, ReconstructionLossOptions().normalizer(normalizer)),
+          compute_kl_divergence(logits, KLDivergenceOptions().latent_dim(5).normalizer(normalizer))}) {
+      const Tensor before = gradient(loss / 2, logits);
+      normalizer.fill_(6);
+      CHECK(same_bits(gradient(loss / 2, logits), before));
+      normalizer.fill_(3);
     }
   }
 }

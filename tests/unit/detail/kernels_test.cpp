@@ -1,5 +1,6 @@
 #include "free_transformer/losses.hpp"
 
+#include "../instruction_sets.hpp"
 #include "../numeric.hpp"
 
 namespace {
@@ -9,23 +10,6 @@ using namespace numeric;
 namespace losses = free_transformer::detail;
 namespace kernels = free_transformer::detail::kernels;
 namespace plain = free_transformer::detail::plain;
-using kernels::InstructionSet;
-
-/// Forces an instruction set for as long as it lives.
-struct Forced {
-  explicit Forced(InstructionSet set) : before(kernels::instruction_set().exchange(set)) {}
-  ~Forced() { kernels::instruction_set() = before; }
-  InstructionSet before;
-};
-
-/// All that this machine has, the baseline first.
-std::vector<InstructionSet> available() {
-  std::vector<InstructionSet> sets;
-  for (const auto set : {InstructionSet::baseline, InstructionSet::avx2, InstructionSet::avx512}) {
-    if (set <= kernels::best_instruction_set()) sets.push_back(set);
-  }
-  return sets;
-}
 
 struct Job {
   Tensor logits, targets, token_weight, class_weight;
@@ -90,7 +74,7 @@ Tensor some_targets(int64_t rows, int64_t classes) { return torch::arange(rows) 
 }  // namespace
 
 TEST_CASE("Every instruction set agrees with LibTorch's operations for every number of columns", "[kernels]") {
-  for (const auto set : available()) {
+  for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
     for (const auto type : all_types) {
       // 1 to 2N + 1 around every vector width N up to 16 lanes, 4N in flight, blocks of 512
@@ -108,7 +92,7 @@ TEST_CASE("Every instruction set agrees with LibTorch's operations for every num
 
 TEST_CASE("Every instruction set computes every option", "[kernels]") {
   const Tensor token_weight = tensor(std::vector<double>{1, 0.5, 0, 2, 0.25, 1, 3}, {7});
-  for (const auto set : available()) {
+  for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
     for (const auto type : all_types) {
       for (const int64_t classes : {1, 5, 16, 37, 600}) {
@@ -130,7 +114,7 @@ TEST_CASE("Every instruction set computes every option", "[kernels]") {
 
 TEST_CASE("A kernel reads and writes nothing beside its rows, wherever they start", "[kernels]") {
   constexpr int64_t rows = 3, room = 80;
-  for (const auto set : available()) {
+  for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
     for (const auto type : all_types) {
       for (int64_t start = 0; start < 17; ++start) {
@@ -174,9 +158,41 @@ TEST_CASE("Sixteen lanes give what eight give, on processors without AVX-512, to
   CHECK(difference(gradient, expected.gradient, steps * epsilon(torch::kFloat)) == "");
 }
 
+TEST_CASE("Sixteen lanes give what eight give for the latent KL, too", "[kernels][kl]") {
+  constexpr int64_t positions = 70, bits = 21;
+  const Tensor z = eighths({positions, bits}, torch::kBFloat16) / 4;
+  const kernels::RowOffsets offsets(z);
+  const auto run = [&](auto process) {
+    const Tensor gradient = torch::empty_like(z), penalty = torch::empty({positions});
+    kernels::LatentJob<c10::BFloat16> job{};
+    job.z_logits = z.data_ptr<c10::BFloat16>();
+    job.z_rows = &offsets;
+    job.bits = bits;
+    job.free_bits = 0.5;
+    job.gradient = gradient.data_ptr<c10::BFloat16>();
+    job.scale = 0.25;
+    job.penalty = penalty.data_ptr<float>();
+    kernels::LatentSums sums;
+    std::vector<double> bit_sums(bits);
+    kernels::LatentGroup<c10::BFloat16> group(bits);
+    process(job, sums, bit_sums.data(), group);
+    return std::vector<Tensor>{penalty, gradient, torch::tensor(bit_sums), torch::tensor(sums.active)};
+  };
+  const auto eight = run([](const auto& job, auto& sums, double* bit_sums, auto& group) {
+    kernels::process_positions<8, kernels::Hinge::per_position>(job, 0, positions, sums, bit_sums, group);
+  });
+  const auto sixteen = run([](const auto& job, auto& sums, double* bit_sums, auto& group) {
+    kernels::process_positions<16, kernels::Hinge::per_position>(job, 0, positions, sums, bit_sums, group);
+  });
+  CHECK(eight[3].item<double>() > 0);
+  for (size_t index = 0; index < eight.size(); ++index) {
+    CHECK(difference(sixteen[index], eight[index], steps * epsilon(torch::kFloat), 0.5, 2) == "");
+  }
+}
+
 TEST_CASE("A kernel keeps special values as the equations have them", "[kernels]") {
   const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
-  for (const auto set : available()) {
+  for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
     const auto loss_of = [](const std::vector<float>& row, int64_t target) {
       const Tensor logits = leaf(torch::tensor(row).unsqueeze(0));
@@ -205,7 +221,7 @@ TEST_CASE("A kernel keeps special values as the equations have them", "[kernels]
 }
 
 TEST_CASE("The most likely class is the lowest of those that tie", "[kernels][statistics]") {
-  for (const auto set : available()) {
+  for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
     Tensor logits = torch::zeros({1, 70});
     logits[0][41] = logits[0][13] = logits[0][69] = 2;
@@ -248,6 +264,38 @@ TEST_CASE("Half types are loaded exactly and stored to the nearest, as LibTorch 
   }
 }
 
+TEST_CASE("Cross entropy of half types loses no more than eager does", "[kernels][half]") {
+  namespace F = torch::nn::functional;
+  torch::manual_seed(3);
+  const Tensor targets = some_targets(16, 1000);
+  for (const auto set : available_instruction_sets()) {
+    const Forced forced(set);
+    for (const auto type : {torch::kHalf, torch::kBFloat16}) {
+      for (const double spread : {0.5, 8.0}) {  // flat and peaked
+        INFO("set " << static_cast<int>(set) << ", " << type << ", spread " << spread);
+        const Tensor logits = leaf((torch::randn({16, 1000}) * spread).to(type)),
+                     wide = leaf(logits.to(torch::kDouble));
+        // LibTorch has no float16 on every CPU: there eager's numbers are those of float32, rounded.
+        const Tensor eager_logits = leaf(logits.to(type == torch::kHalf ? torch::kFloat : type));
+        const Tensor loss = compute_reconstruction_loss(logits, targets), exact = F::cross_entropy(wide, targets),
+                     eager = F::cross_entropy(eager_logits, targets);
+        const auto check = [&](const Tensor& ours, const Tensor& of_eager, const Tensor& expected) {
+          const auto found = values(ours),
+                     lost_by_eager = values((of_eager.to(type).to(torch::kDouble) - expected).abs()),
+                     right = values(expected);
+          int64_t worse = 0;
+          for (size_t index = 0; index < right.size(); ++index) {
+            worse += std::abs(found[index] - right[index]) > lost_by_eager[index] + half_step(right[index], type);
+          }
+          CHECK(worse == 0);
+        };
+        check(loss, eager, exact.detach());
+        check(gradient(loss, logits), gradient(eager, eager_logits), gradient(exact, wide));
+      }
+    }
+  }
+}
+
 TEST_CASE("The KL of a bit is within 2 ulp and its gradient within 4", "[kernels][kl]") {
   // every 9973rd float from the smallest to the largest; tests/benchmark/every_float.cpp takes them all
   std::vector<float> floats;
@@ -263,7 +311,7 @@ TEST_CASE("The KL of a bit is within 2 ulp and its gradient within 4", "[kernels
     const Tensor step = (exact.abs().log2().floor() - 23).clamp_min(-149).exp2();
     return ((found.to(torch::kDouble) - exact).abs() / step).max().item<double>();
   };
-  for (const auto set : available()) {
+  for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
     const Tensor input = leaf(z);
     const Tensor kl =
@@ -287,7 +335,7 @@ TEST_CASE("Every policy's kernel agrees with its operations for every number of 
     CHECK(difference(found, exact, steps * epsilon(torch::kFloat), also) == "");
     CHECK(difference(gradient(found, narrow), gradient(exact, wide), steps * epsilon(torch::kFloat)) == "");
   };
-  for (const auto set : available()) {
+  for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
     for (const auto type : {torch::kFloat, torch::kHalf, torch::kBFloat16}) {
       for (int64_t bits = 1; bits <= 33; ++bits) {

@@ -86,7 +86,15 @@ inline CrossEntropyResult cross_entropy_forward(const at::Tensor& logits, const 
   return kernel_cross_entropy_forward(logits, normalization, count_hits, state.gradient, state);
 }
 
-/// The gradient for `upstream`, 0-dim or [N] in the type of arithmetic, without a graph.
+/// The gradient for `upstream`, 0-dim or [N] in the type of arithmetic, by the kernels into given memory.
+inline void write_cross_entropy_gradient(const at::Tensor& logits, const CrossEntropyState& state,
+                                         const at::Tensor& upstream, const at::Tensor& gradient) {
+  const kernels::CrossEntropyScales scales{host_value(state.likelihood_scale), host_value(state.z_scale)};
+  kernels::cross_entropy_rows(logits, state.terms, scales, gradient,
+                              upstream.expand({state.terms.targets.size(0)}).contiguous(), /*predict=*/false);
+}
+
+/// The same in fresh memory, or what forward has finished; without a graph.
 inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, CrossEntropyState& state,
                                          const at::Tensor& upstream) {
   const at::NoGradGuard no_grad;
@@ -103,9 +111,7 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, CrossEntropyS
                                          upstream * state.z_scale.to(upstream.scalar_type()));
   }
   const at::Tensor gradient = kernels::empty_on_large_pages(logits);
-  const kernels::CrossEntropyScales scales{host_value(state.likelihood_scale), host_value(state.z_scale)};
-  kernels::cross_entropy_rows(logits, state.terms, scales, gradient,
-                              upstream.expand({state.terms.targets.size(0)}).contiguous(), /*predict=*/false);
+  write_cross_entropy_gradient(logits, state, upstream, gradient);
   return gradient;
 }
 

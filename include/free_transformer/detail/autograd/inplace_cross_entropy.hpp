@@ -1,4 +1,5 @@
 /// Cross entropy whose gradient is written over the logits, and what keeps a wrong use from being a wrong number.
+/// The forward pass writes it; of float16 logits the backward pass.
 ///
 /// Autograd sees the logits as changed in place by this node: an operation that has saved them before refuses its
 /// backward, and whoever reads them afterwards gets this node for their history, which refuses a gradient for them.
@@ -6,18 +7,22 @@
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/custom_class.h>
 
 #include <cstdint>
 #include <utility>
 
 #include "free_transformer/detail/autograd/cross_entropy.hpp"
+#include "free_transformer/detail/plain/row_blocks.hpp"
 
 namespace free_transformer::detail {
 
 struct InplaceState : torch::CustomClassHolder {
-  at::Tensor gradient;  ///< the memory of the logits, until backward hands it out
-  int64_t version = 0;  ///< of that memory, when the gradient was finished
+  CrossEntropyState of_loss;
+  at::Tensor logits;    ///< their memory, until backward hands it out as the gradient
+  int64_t version = 0;  ///< of that memory, after forward
+  bool holds_gradient = false;
 };
 
 inline void check_may_be_overwritten(const char* function, const at::Tensor& logits) {
@@ -26,6 +31,10 @@ inline void check_may_be_overwritten(const char* function, const at::Tensor& log
   TORCH_CHECK(!is_leaf, function,
               ": logits must not be a leaf that requires grad, or a view of one, with inplace: its value ",
               "would be lost");
+  TORCH_CHECK(!logits.is_view() || torch::autograd::impl::get_view_autograd_meta(logits)->get_creation_meta() ==
+                                       torch::autograd::CreationMeta::DEFAULT,
+              function, ": logits must not be one of several outputs of an operation (chunk, unbind), or a view that ",
+              "was made without grad mode, with inplace: autograd cannot follow a change of it");
   for (int64_t dim = 0; dim < logits.dim(); ++dim) {
     TORCH_CHECK(logits.stride(dim) != 0 || logits.size(dim) <= 1, function,
                 ": logits must not be expanded with inplace, got strides ", logits.strides());
@@ -46,11 +55,18 @@ struct InplaceCrossEntropyFunction : torch::autograd::Function<InplaceCrossEntro
     const auto capsule = context->saved_data["state"].toCapsule();
     auto& state = static_cast<InplaceState&>(*capsule);
     TORCH_CHECK(!at::GradMode::is_enabled(), function, ": inplace must be false for a double backward (create_graph)");
-    TORCH_CHECK(state.gradient.defined(), function, ": inplace must be false for a second backward");
-    TORCH_CHECK(static_cast<int64_t>(state.gradient._version()) == state.version, function,
+    TORCH_CHECK(state.logits.defined(), function, ": inplace must be false for a second backward");
+    TORCH_CHECK(static_cast<int64_t>(state.logits._version()) == state.version, function,
                 ": logits were changed after inplace had overwritten them with their gradient");
-    const at::Tensor gradient = std::exchange(state.gradient, at::Tensor());
-    return {host_value(upstream[0]) == 1 ? gradient : gradient.mul_(upstream[0]), {}};
+    const at::Tensor gradient = std::exchange(state.logits, at::Tensor());
+    if (!state.holds_gradient) {
+      write_cross_entropy_gradient(gradient, state.of_loss, upstream[0], gradient);
+    } else if (host_value(upstream[0]) != 1) {
+      for_each_row_block(gradient, 0, [&](at::Tensor block, int64_t) {
+        block.copy_(block.to(upstream[0].scalar_type()).mul_(upstream[0]));
+      });
+    }
+    return {gradient, {}};
   }
 };
 
@@ -79,11 +95,13 @@ inline CrossEntropyResult cross_entropy(const char* function, const at::Tensor& 
   const at::Tensor loss = InplaceCrossEntropyFunction::apply(logits, state);
   OverwrittenFunction::apply(logits);  // before the first write: autograd may refuse
   const at::NoGradGuard no_grad;
-  state->gradient = logits.detach();
+  // float16 would underflow before a gradient scaler's factor arrives, which backward knows
+  state->holds_gradient = logits.scalar_type() != at::kHalf;
+  state->of_loss.terms = state->holds_gradient ? terms : kept_terms(terms);
+  state->logits = logits.detach();
   state->version = static_cast<int64_t>(logits._version());
-  CrossEntropyState of_loss;
-  of_loss.terms = terms;
-  auto result = kernel_cross_entropy_forward(state->gradient, normalization, count_hits, state->gradient, of_loss);
+  auto result = kernel_cross_entropy_forward(state->logits, normalization, count_hits,
+                                             state->holds_gradient ? state->logits : at::Tensor(), state->of_loss);
   loss.detach().copy_(result.loss);
   return {loss, result.sums};
 }

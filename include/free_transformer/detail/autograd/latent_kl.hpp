@@ -37,14 +37,15 @@ struct LatentResult {
 template <typename FreeBits>
 LatentResult kernel_latent_kl_forward(const at::Tensor& z_logits, bool needs_gradient, LatentState& state) {
   const bool for_each = state.normalization.reduction == ReductionKind::none;
-  auto rows = kernels::latent_rows(*kernels::hinge_of<FreeBits>, z_logits, state.terms, state.normalization,
-                                   /*upstream=*/{}, /*wants_penalty=*/for_each, needs_gradient && !for_each);
+  const double scale = loss_scale(state.normalization, kernels::latent_weight(z_logits, state.terms));
+  auto rows = kernels::latent_rows(*kernels::hinge_of<FreeBits>, z_logits, state.terms, scale, /*upstream=*/{},
+                                   /*wants_penalty=*/for_each, needs_gradient && !for_each);
   state.by_kernel = true;
   state.gradient = rows.gradient;
-  state.scale = at::scalar_tensor(rows.scale, rows.sums.options());
+  state.scale = at::scalar_tensor(scale, rows.sums.options());
   state.mean_kl = at::scalar_tensor(kernels::mean_kl(rows), rows.sums.options());
   if (for_each) return {rows.penalty.reshape(shape_of_positions(z_logits)), rows.sums};
-  const double loss = rows.sums.template data_ptr<double>()[penalty_sum] * rows.scale;
+  const double loss = rows.sums.template data_ptr<double>()[penalty_sum] * scale;
   return {at::scalar_tensor(loss, z_logits.options().dtype(at::kFloat)), rows.sums};
 }
 
@@ -84,10 +85,11 @@ plain::LatentGradients latent_kl_gradients(const at::Tensor& z_logits, const at:
     }
     if (state.by_kernel) {
       const at::Tensor for_each = upstream.expand({z_logits.numel() / z_logits.size(-1)}).contiguous();
-      return {kernels::latent_rows(*kernels::hinge_of<FreeBits>, z_logits, state.terms, state.normalization, for_each,
-                                   /*wants_penalty=*/false, /*wants_gradient=*/true)
-                  .gradient,
-              {}};
+      return {
+          kernels::latent_rows(*kernels::hinge_of<FreeBits>, z_logits, state.terms, host_value(state.scale), for_each,
+                               /*wants_penalty=*/false, /*wants_gradient=*/true)
+              .gradient,
+          {}};
     }
   }
   return plain::latent_gradients<FreeBits>(z_logits, prior_logits, state.terms,

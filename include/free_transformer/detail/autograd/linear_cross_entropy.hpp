@@ -192,7 +192,7 @@ inline LinearPass linear_pass(const LinearInputs& inputs, const CrossEntropyTerm
 struct LinearState : torch::CustomClassHolder {
   CrossEntropyTerms terms;
   int64_t block_bytes = 0;
-  at::Tensor likelihood_scale, z_scale;  ///< 0-dim, in the type of arithmetic
+  at::Tensor likelihood_scale, z_scale;  ///< 0-dim, in the widest type
   LinearGradients gradients;             ///< what forward has summed up, in the type of arithmetic: half types would
                                          ///< underflow before a gradient scaler's factor arrives
   bool has_gradients = false;

@@ -90,14 +90,14 @@ template <int lanes, typename Element, typename Real>
   const double spread = upstream * job.likelihood_scale * job.label_smoothing / static_cast<double>(columns);
   const double beside = spread * job.class_weight_sum + 2 * upstream * job.z_scale * job.z_loss * result.log_sum_exp();
   const double sum = result.others + result.target_exp;
-  const Real factor = static_cast<Real>((at_target + beside) / sum);
+  const Real factor = static_cast<Real>(without_payload((at_target + beside) / sum));
   if (slope || job.label_smoothing > 0) {
-    SmoothedScalePass<lanes, Real, Element> pass{terms, gradient, factor, static_cast<Real>(spread), job.class_weight,
-                                                 slope};
+    SmoothedScalePass<lanes, Real, Element> pass{
+        terms, gradient, factor, static_cast<Real>(without_payload(spread)), job.class_weight, slope};
     walk<lanes>(pass, 0, columns);
   } else {
     ScalePass<lanes, Real, Element> pass{terms, gradient, factor};
-    walk<lanes>(pass, 0, columns);
+    walk<2 * lanes>(pass, 0, columns);
   }
   // (at_target + beside) p_y - at_target - spread w_y, without the cancellation of a confident model
   double of_target = -at_target * (result.others / sum) + beside * (result.target_exp / sum) - spread * target_weight;
@@ -133,7 +133,7 @@ template <int lanes, typename Element>
     }
   } else {
     LargestPass<lanes, Real, Element> pass(logits);
-    walk<lanes>(pass, 0, columns);
+    walk<2 * lanes>(pass, 0, columns);
     result.maximum = pass.result();
     if constexpr (std::is_same_v<Element, Real>) {
       if (gradient) terms = gradient;

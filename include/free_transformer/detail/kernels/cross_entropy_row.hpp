@@ -9,6 +9,7 @@
 /// the row's end.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -67,7 +68,7 @@ template <int lanes, typename Pass>
   for (int side = 0; side < 2; ++side) walk<lanes>(pass, side == 0 ? 0 : hole_end, side == 0 ? hole_begin : end);
 }
 
-/// The largest logit.
+/// The largest logit. To be walked by pairs of vectors.
 template <int lanes, typename Real, typename Element>
 struct LargestPass {
   const Element* logits;
@@ -77,14 +78,17 @@ struct LargestPass {
     for (auto& values : largest) values = broadcast<Real, lanes>(-std::numeric_limits<Real>::infinity());
   }
   [[gnu::always_inline]] void full(int64_t column, int k) {
-    Lanes<Real, lanes> values;
-    load<lanes>(logits + column, values);
-    take_larger(largest[k], values);
+    Lanes<Real, lanes> values[2];
+    load_unordered<lanes>(logits + column, values);
+    take_larger(largest[k], values[0]);
+    take_larger(largest[k], values[1]);
   }
   [[gnu::always_inline]] void part(int64_t column, int64_t count) {
-    Lanes<Real, lanes> values;
-    load_part<lanes>(logits + column, count, minus_infinity<Element>(), values);
-    take_larger(largest[0], values);
+    for (const int64_t end = column + count; column < end; column += lanes) {
+      Lanes<Real, lanes> values;
+      load_part<lanes>(logits + column, std::min<int64_t>(lanes, end - column), minus_infinity<Element>(), values);
+      take_larger(largest[0], values);
+    }
   }
   [[gnu::always_inline]] void flush() {}
   [[gnu::always_inline]] Real result() {
@@ -95,7 +99,7 @@ struct LargestPass {
 
 /// The largest capped logit, c tanh(x/c); also the capped logits and the slope of the cap, 1 - tanh^2.
 /// With s = exp(-2|x/c|), tanh = (1-s)/(1+s) and the slope is 4s/(1+s)^2; for |x/c| < 0.625 the series of tanh keeps
-/// the digits that 1-s would lose (fitted, relative error 4e-9).
+/// the digits that 1-s would lose (fitted by tests/reference/fit_polynomials.py, relative error 5e-9).
 template <int lanes, typename Element>
 struct CapPass {
   using Values = typename Lanes<float, lanes>::Values;
@@ -117,10 +121,10 @@ struct CapPass {
     const Values inverse = 1.0f / (1.0f + decay.values);
     const Values far = (1.0f - decay.values) * inverse;
     const Values square = magnitude * magnitude;
-    Values near = square * -5.704984723e-03f + 2.063908499e-02f;
-    near = near * square - 5.373971430e-02f;
-    near = near * square + 1.333144219e-01f;
-    near = near * square - 3.333328194e-01f;
+    Values near = square * -5.692296196e-03f + 2.062816732e-02f;
+    near = near * square - 5.373651534e-02f;
+    near = near * square + 1.333140582e-01f;
+    near = near * square - 3.333328068e-01f;
     near = near * square * magnitude + magnitude;
     const Values tanh = magnitude < 0.625f ? near : far;
     x.values = (ratio < 0 ? -tanh : tanh) * cap;
@@ -251,7 +255,8 @@ template <int lanes, typename Real, typename Element>
   return 0;
 }
 
-/// gradient = factor term, the whole of it but the target's own element.
+/// gradient = factor term, the whole of it but the target's own element. To be walked by pairs of vectors: those of
+/// half types are packed into one.
 template <int lanes, typename Real, typename Element>
 struct ScalePass {
   const Real* terms;
@@ -259,16 +264,20 @@ struct ScalePass {
   Real factor;
 
   [[gnu::always_inline]] void full(int64_t column, int) {
-    Lanes<Real, lanes> values;
-    load<lanes>(terms + column, values);
-    values.values *= factor;
-    store<lanes>(values, gradient + column);
+    Lanes<Real, lanes> values[2];
+    for (int k = 0; k < 2; ++k) {
+      load<lanes>(terms + column + k * lanes, values[k]);
+      values[k].values *= factor;
+    }
+    store_pair<lanes>(values, gradient + column);
   }
   [[gnu::always_inline]] void part(int64_t column, int64_t count) {
-    Lanes<Real, lanes> values;
-    load_part<lanes>(terms + column, count, Real{0}, values);
-    values.values *= factor;
-    store_part<lanes>(values, count, gradient + column);
+    for (const int64_t end = column + count; column < end; column += lanes) {
+      Lanes<Real, lanes> values;
+      load_part<lanes>(terms + column, std::min<int64_t>(lanes, end - column), Real{0}, values);
+      values.values *= factor;
+      store_part<lanes>(values, std::min<int64_t>(lanes, end - column), gradient + column);
+    }
   }
   [[gnu::always_inline]] void flush() {}
 };

@@ -8,6 +8,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -89,24 +90,79 @@ template <int lanes>
   std::memcpy(&result.values, &converted, sizeof(converted));
 }
 
+/// Two vectors of elements that lie behind each other, in any order.
+template <int lanes, typename Element, typename Real>
+[[gnu::always_inline]] inline void load_unordered(const Element* source, Lanes<Real, lanes> (&results)[2]) {
+  load<lanes>(source, results[0]);
+  load<lanes>(source + lanes, results[1]);
+}
+
+/// Every other element, and those between, which takes half the instructions.
+template <int lanes>
+[[gnu::always_inline]] inline void load_unordered(const c10::BFloat16* source, Lanes<float, lanes> (&results)[2]) {
+  typename Lanes<float, lanes>::Integers words;
+  std::memcpy(&words, source, sizeof(words));
+  const typename Lanes<float, lanes>::Integers bits[2] = {words << 16, words & static_cast<int32_t>(0xffff0000u)};
+  for (int k = 0; k < 2; ++k) std::memcpy(&results[k].values, &bits[k], sizeof(bits[k]));
+}
+
 template <int lanes, typename Real>
 [[gnu::always_inline]] inline void store(const Lanes<Real, lanes>& values, Real* target) {
   std::memcpy(target, &values.values, sizeof(values.values));
 }
 
-/// Rounds to nearest, ties to even; a NaN stays one.
+/// The bits of bfloat16 in the upper halves, rounded to nearest, ties to even. A NaN stays one if its lower half is 0,
+/// as that of every NaN is that comes from a half type or from an operation; see `without_payload`.
+template <int lanes>
+[[gnu::always_inline]] inline void round_to_upper_halves(const Lanes<float, lanes>& values,
+                                                         typename Lanes<float, lanes>::Integers& bits) {
+  std::memcpy(&bits, &values.values, sizeof(bits));
+  bits += 0x7fff + ((bits >> 16) & 1);
+}
+
+/// For numbers that may come from a caller, before they are stored as bfloat16.
+inline double without_payload(double value) {
+  return std::isnan(value) ? std::numeric_limits<double>::quiet_NaN() : value;
+}
+
 template <int lanes>
 [[gnu::always_inline]] inline void store(const Lanes<float, lanes>& values, c10::BFloat16* target) {
   using Type = Lanes<float, lanes>;
-  using Integers = typename Type::Integers;
-  Integers bits;
-  std::memcpy(&bits, &values.values, sizeof(bits));
-  const Integers rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Integers is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  const Integers result = ((is_nan & 0x7fc00000) | (~is_nan & rounded)) >> 16;
-  const typename Type::Halves halves = __builtin_convertvector(result, typename Type::Halves);
+  typename Type::Integers bits;
+  round_to_upper_halves<lanes>(values, bits);
+  const typename Type::Halves halves = __builtin_convertvector(bits >> 16, typename Type::Halves);
   std::memcpy(target, &halves, sizeof(halves));
 }
+
+/// Two vectors one behind the other.
+template <int lanes, typename Real, typename Element>
+[[gnu::always_inline]] inline void store_pair(const Lanes<Real, lanes> (&values)[2], Element* target) {
+  store<lanes>(values[0], target);
+  store<lanes>(values[1], target + lanes);
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+template <int lanes, int... halves>
+[[gnu::always_inline]] inline void store_upper_halves(const Lanes<float, lanes> (&values)[2], void* target,
+                                                      std::integer_sequence<int, halves...>) {
+  typename Lanes<float, 2 * lanes>::Halves wide[2];
+  for (int k = 0; k < 2; ++k) {
+    typename Lanes<float, lanes>::Integers bits;
+    round_to_upper_halves<lanes>(values[k], bits);
+    std::memcpy(&wide[k], &bits, sizeof(bits));
+  }
+  const auto packed = __builtin_shufflevector(wide[0], wide[1], (2 * halves + 1)...);
+  std::memcpy(target, &packed, sizeof(packed));
+}
+
+/// Packed into one vector, which takes half the instructions.
+template <int lanes>
+[[gnu::always_inline]] inline void store_pair(const Lanes<float, lanes> (&values)[2], c10::BFloat16* target) {
+  store_upper_halves<lanes>(values, target, std::make_integer_sequence<int, 2 * lanes>{});
+}
+#endif
+#endif
 
 /// Rounds to nearest, ties to even; too large becomes infinite, a NaN stays one.
 template <int lanes>

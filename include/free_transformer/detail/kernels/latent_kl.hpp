@@ -26,54 +26,55 @@ namespace free_transformer::detail::kernels {
 ///     x < 2       x^2/8 + x^4 q(x^2): the product that decides the last digit is exact
 ///     2 <= x < 4  a polynomial in x - 3, where the others would cancel
 ///     4 <= x      log 2 - (x s/(1+s) + log(1+s)), the bracket by its series in s
-/// The coefficients are fitted to the equation in 50 digits by tests/reference/fit_bernoulli_kl.py, relative error
-/// below 1e-8. x is held at 110: KL is log 2 to the last digit, and the derivative has faded through the subnormal
-/// numbers to 0. Until then its digits are kept: s is a product of exp(r) and two powers of 2, the second of which
-/// comes last.
+/// The coefficients are fitted by tests/reference/fit_polynomials.py, relative errors 1e-8 and 5e-8. x is held at 110:
+/// KL is log 2 to the last digit, and the derivative has faded through the subnormal numbers to 0. Until then its
+/// digits are kept, as it is computed 2^64 times as large.
 template <int lanes>
 [[gnu::always_inline]] inline void bernoulli_kl(const Lanes<float, lanes>& logits, Lanes<float, lanes>& kl,
                                                 Lanes<float, lanes>& derivative) {
   using Values = typename Lanes<float, lanes>::Values;
   using Integers = typename Lanes<float, lanes>::Integers;
-  const Values l = logits.values;
-  const Values magnitude = l < 0 ? -l : l;
-  const Values x = magnitude > 110.0f ? Values{} + 110.0f : magnitude;  // a NaN stays
-  Lanes<float, lanes> power{-x};
-  Integers exponent;
-  split_exponential<lanes>(power, exponent);
-  exponent -= 0x4b400000 + 127;  // the bits of 1.5 2^23 + 127: what is left is n
-  Lanes<float, lanes> first, second;
-  power_of_two<lanes>(exponent >> 1, first);
-  power_of_two<lanes>(exponent - (exponent >> 1), second);
-  const Values part = power.values * first.values;
-  const Values s = part * second.values;
+  Integers sign;
+  std::memcpy(&sign, &logits.values, sizeof(sign));
+  Integers bits = sign & 0x7fffffff;
+  sign ^= bits;
+  Values x;
+  std::memcpy(&x, &bits, sizeof(x));
+  const Values largest = Values{} + 110.0f;
+  x = largest < x ? largest : x;  // a NaN stays
+  Lanes<float, lanes> power{-x}, scale;
+  split_exponential<lanes, 64>(power, scale);
+  const Values large = power.values * scale.values;  // 2^64 s
+  const Values s = large * 0x1p-64f;
 
   const Values square = x * x;
-  Values near = square * -5.041414207e-09f + 1.291855396e-07f;
-  near = near * square - 1.771193983e-06f;
-  near = near * square + 1.886445824e-05f;
-  near = near * square - 1.841294005e-04f;
-  near = near * square + 1.735960923e-03f;
-  near = near * square - 1.562497666e-02f;
+  Values near = square * -5.042490869e-09f + 1.292011973e-07f;
+  near = near * square - 1.771283905e-06f;
+  near = near * square + 1.886471546e-05f;
+  near = near * square - 1.841297781e-04f;
+  near = near * square + 1.735961181e-03f;
+  near = near * square - 1.562497672e-02f;
   near = square * square * near + square * 0.125f;
 
   const Values y = x - 3.0f;
-  Values middle = y * 2.266455516e-06f - 8.309371289e-06f;
-  middle = middle * y + 1.082851752e-06f;
-  middle = middle * y + 1.322272300e-04f;
-  middle = middle * y - 7.487957281e-04f;
-  middle = middle * y + 1.775749646e-03f;
-  middle = middle * y + 2.835010617e-03f;
-  middle = middle * y - 3.874900686e-02f;
-  middle = middle * y + 1.355299796e-01f;
-  middle = middle * y + 5.022822090e-01f;
+  Values middle = y * -8.706122571e-06f + 6.178730018e-06f;
+  middle = middle * y + 1.330219238e-04f;
+  middle = middle * y - 7.526140544e-04f;
+  middle = middle * y + 1.775251934e-03f;
+  middle = middle * y + 2.836070023e-03f;
+  middle = middle * y - 3.874890879e-02f;
+  middle = middle * y + 1.355299056e-01f;
+  middle = middle * y + 5.022822022e-01f;
 
-  const Values far = 0.693147182f - s * (x + 1.0f - s * (x + 0.5f - s * (x + 1.0f / 3 - s * (x + 0.25f))));
+  const Values first = x + 1.0f - s * (x + 0.5f), second = x + 1.0f / 3 - s * (x + 0.25f);
+  const Values far = 0.693147182f - s * (s * s * second + first);
   const Values upper = x < 4.0f ? middle : far;
   kl.values = x < 2.0f ? near : upper;
 
-  const Values signed_x = l < 0 ? -x : x;
-  derivative.values = signed_x * part / (s * (2.0f + s) + 1.0f) * second.values;
+  std::memcpy(&bits, &x, sizeof(bits));
+  bits |= sign;
+  std::memcpy(&x, &bits, sizeof(x));
+  derivative.values = x * large / (s * (2.0f + s) + 1.0f) * 0x1p-64f;
 }
 
 enum class Hinge { per_position, per_bit, batch_mean };
@@ -102,35 +103,31 @@ inline constexpr int64_t positions_of_block = 1024;
 /// position ends. The KL of each bit is summed in float32 over so many positions, in float64 beyond.
 inline constexpr int64_t positions_of_group = 32;
 
-/// Room for the elements of a group, and for a whole vector behind them.
-inline int64_t elements_of_group(int64_t bits) { return positions_of_group * bits + 16; }
+/// What a thread computes of a group, position by position, with room for a whole vector behind it.
+template <typename Element>
+struct LatentGroup {
+  explicit LatentGroup(int64_t bits)
+      : logits(static_cast<size_t>(positions_of_group * bits + 16)), kl(logits.size()), derivatives(logits.size()) {}
 
-/// The logits of positions [begin, end) one behind the other as float32: where they lie, if they lie so.
-template <int lanes, typename Element>
-[[gnu::always_inline]] inline const float* gather(const LatentJob<Element>& job, int64_t begin, int64_t end,
-                                                  float* room) {
-  if constexpr (std::is_same_v<Element, float>) {
-    if (job.z_rows->are_adjacent(job.bits)) return job.z_logits + begin * job.bits;
-  }
+  std::vector<Element> logits;  ///< unless they lie one behind the other anyway
+  std::vector<float> kl, derivatives;
+};
+
+/// The logits of positions [begin, end) one behind the other.
+template <typename Element>
+[[gnu::always_inline]] inline const Element* adjacent_logits(const LatentJob<Element>& job, int64_t begin, int64_t end,
+                                                             Element* room) {
+  if (job.z_rows->are_adjacent(job.bits)) return job.z_logits + begin * job.bits;
   for (int64_t row = begin; row < end; ++row) {
-    const Element* source = job.z_logits + (*job.z_rows)(row);
-    float* target = room + (row - begin) * job.bits;
-    Lanes<float, lanes> values;
-    int64_t bit = 0;
-    for (; bit + lanes <= job.bits; bit += lanes) {
-      load<lanes>(source + bit, values);
-      store<lanes>(values, target + bit);
-    }
-    if (bit == job.bits) continue;
-    load_part<lanes>(source + bit, job.bits - bit, static_cast<Element>(0.0f), values);
-    store_part<lanes>(values, job.bits - bit, target + bit);
+    std::memcpy(static_cast<void*>(room + (row - begin) * job.bits), job.z_logits + (*job.z_rows)(row),
+                sizeof(Element) * static_cast<size_t>(job.bits));
   }
   return room;
 }
 
 /// KL and derivative of `count` logits; two vectors at a time hide the latency of the polynomials.
-template <int lanes>
-[[gnu::always_inline]] inline void bernoulli_kl(const float* logits, int64_t count, float* kl, float* derivatives) {
+template <int lanes, typename Element>
+[[gnu::always_inline]] inline void bernoulli_kl(const Element* logits, int64_t count, float* kl, float* derivatives) {
   Lanes<float, lanes> values[2], results[2], slopes[2];
   int64_t index = 0;
   for (; index + 2 * lanes <= count; index += 2 * lanes) {
@@ -143,7 +140,7 @@ template <int lanes>
     }
   }
   for (; index < count; index += lanes) {
-    load_part<lanes>(logits + index, std::min<int64_t>(lanes, count - index), 0.0f, values[0]);
+    load_part<lanes>(logits + index, std::min<int64_t>(lanes, count - index), static_cast<Element>(0.0f), values[0]);
     bernoulli_kl<lanes>(values[0], results[0], slopes[0]);
     store<lanes>(results[0], kl + index);
     store<lanes>(slopes[0], derivatives + index);
@@ -165,32 +162,51 @@ template <int lanes>
   return static_cast<float>(above);
 }
 
-/// Sum of some values, and the values times u added to those of other positions.
 template <int lanes>
-[[gnu::always_inline]] inline float sum_and_add(const float* values, int64_t count, float u, float* totals) {
-  Lanes<float, lanes> sum = broadcast<float, lanes>(0.0f), part, total;
+[[gnu::always_inline]] inline float sum_of(const float* values, int64_t count) {
+  Lanes<float, lanes> sum = broadcast<float, lanes>(0.0f), part;
   int64_t index = 0;
   for (; index + lanes <= count; index += lanes) {
     load<lanes>(values + index, part);
-    load<lanes>(totals + index, total);
     sum.values += part.values;
-    total.values += part.values * u;
-    store<lanes>(total, totals + index);
   }
   if (index < count) {
     load_part<lanes>(values + index, count - index, 0.0f, part);
-    load_part<lanes>(totals + index, count - index, 0.0f, total);
     sum.values += part.values;
-    total.values += part.values * u;
-    store_part<lanes>(total, count - index, totals + index);
   }
   return sum_of_lanes(sum);
 }
 
+/// Adds the KL of each bit over positions [begin, end), times their weights.
+template <int lanes, typename Element>
+[[gnu::always_inline]] inline void add_bits(const LatentJob<Element>& job, int64_t begin, int64_t end, const float* kl,
+                                            double* bit_sums) {
+  for (int64_t bit = 0; bit < job.bits; bit += lanes) {
+    Lanes<float, lanes> sum = broadcast<float, lanes>(0.0f), part;
+    for (int64_t row = begin; row < end; ++row) {
+      const float u = job.token_weight ? static_cast<float>(job.token_weight[row]) : 1.0f;
+      if (u == 0) continue;
+      load<lanes>(kl + (row - begin) * job.bits + bit, part);  // with what lies behind the last bit, which is left out
+      sum.values += part.values * u;
+    }
+    float sums[lanes];
+    store<lanes>(sum, sums);
+    const int64_t count = std::min<int64_t>(lanes, job.bits - bit);
+    for (int64_t lane = 0; lane < count; ++lane) bit_sums[bit + lane] += static_cast<double>(sums[lane]);
+  }
+}
+
 template <int lanes, typename Element>
 [[gnu::always_inline]] inline void multiply(const float* values, int64_t count, float factor, Element* products) {
-  Lanes<float, lanes> part;
+  Lanes<float, lanes> pair[2], part;
   int64_t index = 0;
+  for (; index + 2 * lanes <= count; index += 2 * lanes) {
+    for (int k = 0; k < 2; ++k) {
+      load<lanes>(values + index + k * lanes, pair[k]);
+      pair[k].values *= factor;
+    }
+    store_pair<lanes>(pair, products + index);
+  }
   for (; index + lanes <= count; index += lanes) {
     load<lanes>(values + index, part);
     part.values *= factor;
@@ -204,7 +220,7 @@ template <int lanes, typename Element>
 
 template <int lanes, Hinge hinge, typename Element>
 [[gnu::always_inline]] inline void process_position(const LatentJob<Element>& job, int64_t row, const float* of_bits,
-                                                    float* derivatives, LatentSums& sums, float* bit_totals) {
+                                                    float* derivatives, LatentSums& sums) {
   const int64_t bits = job.bits;
   const double u = job.token_weight ? job.token_weight[row] : 1.0;
   Element* gradient = job.gradient ? job.gradient + row * bits : nullptr;
@@ -213,7 +229,7 @@ template <int lanes, Hinge hinge, typename Element>
     if (job.penalty) job.penalty[row] = 0;
     return;
   }
-  const float kl = sum_and_add<lanes>(of_bits, bits, static_cast<float>(u), bit_totals);
+  const float kl = sum_of<lanes>(of_bits, bits);
   const float excess = hinge == Hinge::per_bit
                            ? hinge_each_bit<lanes>(of_bits, bits, static_cast<float>(job.free_bits), derivatives)
                            : static_cast<float>(kl - job.free_bits);
@@ -225,63 +241,83 @@ template <int lanes, Hinge hinge, typename Element>
   if (job.penalty) job.penalty[row] = static_cast<float>(penalty);
   if (!gradient) return;
   const double factor = passes ? u * job.scale * (job.upstream ? job.upstream[row] : 1.0) : 0.0;
-  multiply<lanes>(derivatives, bits, static_cast<float>(factor), gradient);
+  multiply<lanes>(derivatives, bits, static_cast<float>(without_payload(factor)), gradient);
 }
 
 template <int lanes, Hinge hinge, typename Element>
-[[gnu::always_inline]] inline void process_positions(const LatentJob<Element>& job, int64_t begin, int64_t end,
-                                                     LatentSums& sums, double* bit_sums, float* scratch) {
-  const int64_t bits = job.bits, room = elements_of_group(bits);
-  float *kl = scratch, *derivatives = kl + room, *converted = derivatives + room, *bit_totals = converted + room;
+[[gnu::always_inline]] inline void process_groups(const LatentJob<Element>& job, int64_t begin, int64_t end,
+                                                  LatentSums& sums, double* bit_sums, LatentGroup<Element>& group) {
+  float *kl = group.kl.data(), *derivatives = group.derivatives.data();
+  Element* const room = group.logits.data();
   for (int64_t first = begin; first < end; first += positions_of_group) {
     const int64_t last = std::min(end, first + positions_of_group);
-    bernoulli_kl<lanes>(gather<lanes>(job, first, last, converted), (last - first) * bits, kl, derivatives);
-    std::memset(bit_totals, 0, sizeof(float) * static_cast<size_t>(bits));
+    bernoulli_kl<lanes>(adjacent_logits(job, first, last, room), (last - first) * job.bits, kl, derivatives);
+    add_bits<lanes>(job, first, last, kl, bit_sums);
     for (int64_t row = first; row < last; ++row) {
-      const int64_t offset = (row - first) * bits;
-      process_position<lanes, hinge>(job, row, kl + offset, derivatives + offset, sums, bit_totals);
+      const int64_t offset = (row - first) * job.bits;
+      process_position<lanes, hinge>(job, row, kl + offset, derivatives + offset, sums);
     }
-    for (int64_t bit = 0; bit < bits; ++bit) bit_sums[bit] += static_cast<double>(bit_totals[bit]);
   }
+}
+
+/// Works on copies of `job` and `sums`: a vector stored through a pointer might change those of the caller, for all
+/// that the compiler knows, and they would be read again for each position. For the paper's number of bits the loops
+/// over them are unrolled.
+template <int lanes, Hinge hinge, typename Element>
+[[gnu::always_inline]] inline void process_positions(const LatentJob<Element>& shared_job, int64_t begin, int64_t end,
+                                                     LatentSums& all_sums, double* bit_sums,
+                                                     LatentGroup<Element>& group) {
+  constexpr int64_t usual_bits = 16;
+  LatentJob<Element> job = shared_job;
+  LatentSums sums = all_sums;
+  if (job.bits == usual_bits) {
+    job.bits = usual_bits;  // which the compiler now knows
+    process_groups<lanes, hinge>(job, begin, end, sums, bit_sums, group);
+  } else {
+    process_groups<lanes, hinge>(job, begin, end, sums, bit_sums, group);
+  }
+  all_sums = sums;
 }
 
 template <int lanes, typename Element>
 [[gnu::always_inline]] inline void process_positions(Hinge hinge, const LatentJob<Element>& job, int64_t begin,
-                                                     int64_t end, LatentSums& sums, double* bit_sums, float* scratch) {
+                                                     int64_t end, LatentSums& sums, double* bit_sums,
+                                                     LatentGroup<Element>& group) {
   switch (hinge) {
     case Hinge::per_position:
-      return process_positions<lanes, Hinge::per_position, Element>(job, begin, end, sums, bit_sums, scratch);
+      return process_positions<lanes, Hinge::per_position, Element>(job, begin, end, sums, bit_sums, group);
     case Hinge::per_bit:
-      return process_positions<lanes, Hinge::per_bit, Element>(job, begin, end, sums, bit_sums, scratch);
+      return process_positions<lanes, Hinge::per_bit, Element>(job, begin, end, sums, bit_sums, group);
     case Hinge::batch_mean:
-      return process_positions<lanes, Hinge::batch_mean, Element>(job, begin, end, sums, bit_sums, scratch);
+      return process_positions<lanes, Hinge::batch_mean, Element>(job, begin, end, sums, bit_sums, group);
   }
 }
 
 template <typename Element>
 void process_positions_baseline(Hinge hinge, const LatentJob<Element>& job, int64_t begin, int64_t end,
-                                LatentSums& sums, double* bit_sums, float* scratch) {
-  process_positions<4, Element>(hinge, job, begin, end, sums, bit_sums, scratch);
+                                LatentSums& sums, double* bit_sums, LatentGroup<Element>& group) {
+  process_positions<4, Element>(hinge, job, begin, end, sums, bit_sums, group);
 }
 
 #if defined(__x86_64__)
 template <typename Element>
 __attribute__((target("avx2,fma"))) void process_positions_avx2(Hinge hinge, const LatentJob<Element>& job,
                                                                 int64_t begin, int64_t end, LatentSums& sums,
-                                                                double* bit_sums, float* scratch) {
-  process_positions<8, Element>(hinge, job, begin, end, sums, bit_sums, scratch);
+                                                                double* bit_sums, LatentGroup<Element>& group) {
+  process_positions<8, Element>(hinge, job, begin, end, sums, bit_sums, group);
 }
 
 template <typename Element>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void process_positions_avx512(
     Hinge hinge, const LatentJob<Element>& job, int64_t begin, int64_t end, LatentSums& sums, double* bit_sums,
-    float* scratch) {
-  process_positions<16, Element>(hinge, job, begin, end, sums, bit_sums, scratch);
+    LatentGroup<Element>& group) {
+  process_positions<16, Element>(hinge, job, begin, end, sums, bit_sums, group);
 }
 #endif
 
 template <typename Element>
-using ProcessPositions = void (*)(Hinge, const LatentJob<Element>&, int64_t, int64_t, LatentSums&, double*, float*);
+using ProcessPositions = void (*)(Hinge, const LatentJob<Element>&, int64_t, int64_t, LatentSums&, double*,
+                                  LatentGroup<Element>&);
 
 template <typename Element>
 ProcessPositions<Element> process_positions_of(InstructionSet set) {
@@ -301,12 +337,12 @@ void latent_kl(Hinge hinge, const LatentJob<Element>& job, int64_t rows, double*
   std::vector<double> of_blocks(static_cast<size_t>(blocks) * width);
   const int64_t grain = std::max<int64_t>(1, 32768 / (positions_of_block * job.bits));
   parallel_rows(blocks, grain, [&](int64_t first_block, int64_t last_block) {
-    std::vector<float> scratch(static_cast<size_t>(4 * elements_of_group(job.bits)));
+    LatentGroup<Element> group(job.bits);
     for (int64_t block = first_block; block < last_block; ++block) {
       double* of_block = of_blocks.data() + static_cast<size_t>(block) * width;
       LatentSums block_sums;
       process(hinge, job, block * positions_of_block, std::min(rows, (block + 1) * positions_of_block), block_sums,
-              of_block + 3, scratch.data());
+              of_block + 3, group);
       of_block[0] = block_sums.penalty;
       of_block[1] = block_sums.weight;
       of_block[2] = block_sums.active;

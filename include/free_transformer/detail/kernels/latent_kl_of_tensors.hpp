@@ -31,7 +31,6 @@ struct LatentRows {
   at::Tensor sums;      ///< see `LatentSum`
   at::Tensor penalty;   ///< [N] float32, weighted, or undefined
   at::Tensor gradient;  ///< of the shape and type of z_logits, or undefined
-  double scale = 1;     ///< what every penalty is multiplied by on its way to the loss
 };
 
 /// Mean over the batch of a position's KL, from its sums.
@@ -50,19 +49,22 @@ inline void close_if_below_budget(double free_bits, LatentRows& rows) {
   if (rows.gradient.defined()) rows.gradient.zero_();
 }
 
-/// All positions. upstream is [N] float64 and multiplies the scale, or undefined.
-inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const LatentTerms& terms,
-                              const Normalization& normalization, const at::Tensor& upstream, bool wants_penalty,
-                              bool wants_gradient) {
+inline double latent_weight(const at::Tensor& z_logits, const LatentTerms& terms) {
+  const int64_t rows = z_logits.numel() / z_logits.size(-1);
+  if (!terms.token_weight.defined()) return static_cast<double>(rows);
+  const double* weights = terms.token_weight.data_ptr<double>();
+  return pairwise_sum(0, rows, [&](int64_t row) { return weights[row]; });
+}
+
+/// All positions. Every penalty is multiplied by `scale` on its way to the loss; upstream is [N] float64 and multiplies
+/// that, or undefined.
+inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const LatentTerms& terms, double scale,
+                              const at::Tensor& upstream, bool wants_penalty, bool wants_gradient) {
   const int64_t bits = z_logits.size(-1), rows = z_logits.numel() / bits;
-  const double* weights = terms.token_weight.defined() ? terms.token_weight.data_ptr<double>() : nullptr;
-  const double weight_sum =
-      weights ? pairwise_sum(0, rows, [&](int64_t row) { return weights[row]; }) : static_cast<double>(rows);
   LatentRows result;
   result.sums = at::zeros({latent_sum_count + bits}, z_logits.options().dtype(at::kDouble));
   if (wants_penalty) result.penalty = at::empty({rows}, z_logits.options().dtype(at::kFloat));
   if (wants_gradient) result.gradient = empty_on_large_pages(z_logits);
-  result.scale = loss_scale(normalization, weight_sum);
   const auto run = [&](auto element) {
     using Element = decltype(element);
     const RowOffsets z_rows(z_logits);
@@ -71,10 +73,10 @@ inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const Lat
     job.z_rows = &z_rows;
     job.bits = bits;
     job.free_bits = terms.free_bits;
-    job.token_weight = weights;
+    job.token_weight = terms.token_weight.defined() ? terms.token_weight.data_ptr<double>() : nullptr;
     job.gradient = wants_gradient ? result.gradient.data_ptr<Element>() : nullptr;
     job.upstream = upstream.defined() ? upstream.data_ptr<double>() : nullptr;
-    job.scale = result.scale;
+    job.scale = scale;
     job.penalty = wants_penalty ? result.penalty.data_ptr<float>() : nullptr;
     latent_kl<Element>(hinge, job, rows, result.sums.data_ptr<double>());
   };
