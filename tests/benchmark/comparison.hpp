@@ -18,11 +18,12 @@
 namespace benchmarks {
 
 struct Work {
-  std::function<void()> ours, baseline, copy;  ///< copy may be empty
-  size_t input_bytes = 0;                      ///< what peak memory is measured in
+  std::function<void()> ours, baseline, copy;  ///< the latter two may be empty
+  size_t logits_bytes = 0;                     ///< what peak memory is measured in
+  size_t gradient_bytes = 0;                   ///< of gradients that are there anyway, and do not count as extra memory
 };
 
-enum class Ratio { baseline_to_ours, ours_to_baseline, ours_to_copy, memory_to_input };
+enum class Ratio { baseline_to_ours, ours_to_baseline, ours_to_copy, memory_to_logits };
 
 /// How a ratio reads in the table, and whether a large one is good.
 inline const char* description(Ratio ratio) {
@@ -33,7 +34,7 @@ inline const char* description(Ratio ratio) {
       return "ours / baseline";
     case Ratio::ours_to_copy:
       return "ours / copy";
-    case Ratio::memory_to_input:
+    case Ratio::memory_to_logits:
       return "extra memory / logits";
   }
   return "";
@@ -53,6 +54,7 @@ struct Comparison {
   c10::ScalarType type;
   std::vector<Requirement> requirements;
   std::function<Work()> prepare;  ///< makes the inputs, which are too large to keep those of all rows
+  bool is_slow = false;           ///< many seconds a call: one round, not warmed up
 };
 
 /// Seconds of one call in each round.
@@ -102,13 +104,13 @@ inline void register_contestant(const char* name, const std::function<void()>& r
 }
 
 /// Each round times ours, the baseline and the copy in turn, right after each other.
-inline Timings time_in_turn(const Work& work, int rounds) {
+inline Timings time_in_turn(const Work& work, int rounds, bool warms_up) {
   register_contestant("ours", work.ours);
   register_contestant("baseline", work.baseline);
   register_contestant("copy", work.copy);
   Timings timings, warm_up;
   RoundReporter reporter(timings), warm_up_reporter(warm_up);
-  benchmark::RunSpecifiedBenchmarks(&warm_up_reporter);
+  if (warms_up) benchmark::RunSpecifiedBenchmarks(&warm_up_reporter);
   for (int round = 0; round < rounds; ++round) benchmark::RunSpecifiedBenchmarks(&reporter);
   benchmark::ClearRegisteredBenchmarks();
   return timings;
@@ -130,10 +132,11 @@ inline double measured_ratio(Ratio ratio, const Timings& timings, const Work& wo
       return median_ratio(timings.ours, timings.baseline);
     case Ratio::ours_to_copy:
       return median_ratio(timings.ours, timings.copy);
-    case Ratio::memory_to_input:
+    case Ratio::memory_to_logits:
       break;
   }
-  return static_cast<double>(numeric::peak_of(work.ours)) / static_cast<double>(work.input_bytes);
+  return (static_cast<double>(numeric::peak_of(work.ours)) - static_cast<double>(work.gradient_bytes)) /
+         static_cast<double>(work.logits_bytes);
 }
 
 }  // namespace benchmarks

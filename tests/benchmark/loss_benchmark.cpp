@@ -30,7 +30,8 @@ void run(const Settings& settings) {
     const Work work = comparison.prepare();
     for (const int threads : settings.threads) {
       at::set_num_threads(threads);
-      report.add(comparison, threads, time_in_turn(work, settings.rounds), work);
+      const int rounds = comparison.is_slow ? 1 : settings.rounds;
+      report.add(comparison, threads, time_in_turn(work, rounds, /*warms_up=*/!comparison.is_slow), work);
     }
   }
   report.print_summary();

@@ -3,6 +3,7 @@
 
 #include <torch/torch.h>
 
+#include <cmath>
 #include <functional>
 #include <string>
 #include <utility>
@@ -113,7 +114,7 @@ inline Comparison vae_row(Shape shape, torch::ScalarType type, Requirements requ
 }
 
 inline void add_plain_rows(std::vector<Comparison>& rows) {
-  const Requirement eager{Ratio::baseline_to_ours}, copy{Ratio::ours_to_copy}, memory{Ratio::memory_to_input};
+  const Requirement eager{Ratio::baseline_to_ours}, copy{Ratio::ours_to_copy}, memory{Ratio::memory_to_logits};
   const auto at = [](Requirement requirement, double limit) { return requirement.limit = limit, requirement; };
   for (const auto type : both_types) {
     const bool is_float = type == torch::kFloat;
@@ -177,11 +178,67 @@ inline void add_model_rows(std::vector<Comparison>& rows) {
   }
 }
 
+/// The head's product and its loss; hidden and weight get gradients, which are summed in float32 and dropped.
+struct Head {
+  Head(Shape shape, int64_t width, torch::ScalarType type)
+      : hidden(graph_input(torch::randn({shape.rows, width}, type))),
+        weight(graph_input(torch::randn({shape.columns, width}, type).div_(std::sqrt(static_cast<double>(width))))),
+        targets(random_targets(shape)) {}
+
+  void fused_step() const {
+    const free_transformer::LinearLogits logits(hidden, weight);
+    free_transformer::compute_reconstruction_loss(logits, targets).backward();
+  }
+  void eager_step() const { eager_cross_entropy(torch::linear(hidden, weight), targets).backward(); }
+
+  Tensor hidden, weight, targets;
+};
+
+/// The three products of a head's forward and backward pass. Like ours they return fresh tensors.
+inline std::function<void()> three_products(const Head& head) {
+  const Tensor hidden = head.hidden.detach(), weight = head.weight.detach();
+  return [=] {
+    const torch::NoGradGuard no_grad;
+    const Tensor logits = torch::mm(hidden, weight.t());
+    const Tensor of_hidden = torch::mm(logits, weight), of_weight = torch::mm(logits.t(), hidden);
+  };
+}
+
+inline void add_head_rows(std::vector<Comparison>& rows) {
+  const auto add = [&](Shape shape, int64_t width, torch::ScalarType type, const char* baseline,
+                       Requirements requirements) {
+    const auto prepare = [=] {
+      const Head head(shape, width, type);
+      Work work{[=] { head.fused_step(); },
+                {},
+                {},
+                static_cast<size_t>(shape.rows * shape.columns) * elementSize(type),
+                sizeof(float) * static_cast<size_t>(head.hidden.numel() + head.weight.numel())};
+      if (baseline == std::string("three products")) work.baseline = three_products(head);
+      if (baseline == std::string("linear and F::cross_entropy")) work.baseline = [=] { head.eager_step(); };
+      return work;
+    };
+    // LibTorch 1.13 multiplies bfloat16 at a fiftieth of float32's speed where the processor has no instructions for it.
+    const bool is_slow = type == torch::kBFloat16 || shape.rows * shape.columns * width > int64_t{1} << 36;
+    rows.push_back({"LinearLogits, width " + std::to_string(width), baseline, shape_name(shape), type,
+                    std::move(requirements), prepare, is_slow});
+  };
+  constexpr Shape usual{1024, 32768}, huge{2048, 131072};
+  for (const auto type : both_types) {
+    add(usual, 512, type, "three products", {{Ratio::ours_to_baseline, 1.1}, {Ratio::memory_to_logits, 1.0 / 8}});
+    add(usual, 512, type, "linear and F::cross_entropy", {{Ratio::baseline_to_ours, 1}});
+  }
+  add(huge, 1024, torch::kFloat, "linear and F::cross_entropy",
+      {{Ratio::memory_to_logits, 1.0 / 32}, {Ratio::baseline_to_ours, 1}});
+  add(huge, 1024, torch::kBFloat16, "none", {{Ratio::memory_to_logits, 1.0 / 32}});
+}
+
 inline std::vector<Comparison> all_rows() {
   std::vector<Comparison> rows;
   add_plain_rows(rows);
   add_option_rows(rows);
   add_model_rows(rows);
+  add_head_rows(rows);
   return rows;
 }
 

@@ -81,7 +81,7 @@ inline CrossEntropyResult cross_entropy_forward(const at::Tensor& logits, const 
     return plain_cross_entropy_forward(logits, normalization, count_hits, state);
   }
   if (needs_gradient && normalization.reduction != ReductionKind::none) {
-    state.gradient = kernels::empty_on_large_pages(logits);
+    state.gradient = kernels::empty_on_large_pages(logits.sizes(), logits.options());
   }
   return kernel_cross_entropy_forward(logits, normalization, count_hits, state.gradient, state);
 }
@@ -110,7 +110,7 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, CrossEntropyS
                                          upstream * state.likelihood_scale.to(upstream.scalar_type()),
                                          upstream * state.z_scale.to(upstream.scalar_type()));
   }
-  const at::Tensor gradient = kernels::empty_on_large_pages(logits);
+  const at::Tensor gradient = kernels::empty_on_large_pages(logits.sizes(), logits.options());
   write_cross_entropy_gradient(logits, state, upstream, gradient);
   return gradient;
 }

@@ -15,6 +15,7 @@
 #include "free_transformer/detail/autograd/cross_entropy.hpp"
 #include "free_transformer/detail/cross_entropy_terms.hpp"
 #include "free_transformer/detail/kernels/cross_entropy_of_tensors.hpp"
+#include "free_transformer/detail/kernels/large_pages.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/optional_tensor.hpp"
 #include "free_transformer/detail/plain/cross_entropy.hpp"
@@ -43,14 +44,16 @@ struct LinearGradients {
   }
 };
 
-/// Tokens of a block. A block reads the weight, and reads and writes its gradient, so that few tokens cost more memory
-/// traffic than arithmetic: 32 for each thread keep it below a tenth.
-inline int64_t tokens_of_block(const LinearInputs& inputs) {
-  constexpr int64_t default_bytes = int64_t{12} << 20;
+/// Tokens of a block, all of nearly the same size. A block reads the weight for each product, and reads and writes its
+/// gradient; that costs as much as the arithmetic of about 16 tokens. Hence 56 tokens at least, and more if they fit into
+/// 15 MiB. The threads have no say, so that their number does not change the order of the sums.
+inline int64_t tokens_of_block(const LinearInputs& inputs, int64_t tokens) {
+  constexpr int64_t fewest_tokens = 56, default_bytes = int64_t{15} << 20;
   const int64_t bytes_of_token = inputs.classes() * static_cast<int64_t>(at::elementSize(inputs.arithmetic()));
-  if (inputs.block_bytes > 0) return std::max<int64_t>(1, inputs.block_bytes / bytes_of_token);
-  const int64_t threads = std::clamp<int64_t>(at::get_num_threads(), 1, 16);
-  return std::max<int64_t>(32 * threads, default_bytes / bytes_of_token);
+  const int64_t most = inputs.block_bytes > 0 ? std::max<int64_t>(1, inputs.block_bytes / bytes_of_token)
+                                              : std::max(fewest_tokens, default_bytes / bytes_of_token);
+  const int64_t blocks = std::max<int64_t>(1, (tokens + most - 1) / most);
+  return std::max<int64_t>(1, (tokens + blocks - 1) / blocks);
 }
 
 /// Calls visit(rows of the weight in the type of arithmetic, first row). A half weight is converted some rows at a
@@ -77,16 +80,19 @@ inline void make_logits(const LinearInputs& inputs, const at::Tensor& hidden, at
   });
 }
 
-/// Adds what the gradient of a block's logits gives to the inputs' gradients; `hidden_gradient` is the block's own
-/// part.
+/// Adds what the gradient of a block's logits gives to the inputs' gradients, which have no value before the first block;
+/// `hidden_gradient` is the block's own part.
 inline void add_to_gradients(const LinearInputs& inputs, const at::Tensor& hidden, const at::Tensor& of_logits,
-                             const at::Tensor& hidden_gradient, const LinearGradients& gradients) {
+                             const at::Tensor& hidden_gradient, const LinearGradients& gradients, bool is_first_block) {
+  const int beta = is_first_block ? 0 : 1;
   for_each_part_of_weight(inputs, [&](const at::Tensor& weight, int64_t first) {
-    const at::Tensor part = of_logits.narrow(1, first, weight.size(0));
+    const int64_t count = weight.size(0);
+    const at::Tensor part = of_logits.narrow(1, first, count);
     if (hidden_gradient.defined()) hidden_gradient.addmm_(part, weight, /*beta=*/first == 0 ? 0 : 1);
-    if (gradients.weight.defined()) gradients.weight.narrow(0, first, weight.size(0)).addmm_(part.t(), hidden);
+    if (gradients.weight.defined()) gradients.weight.narrow(0, first, count).addmm_(part.t(), hidden, beta);
   });
-  if (gradients.bias.defined()) gradients.bias.addmv_(of_logits.t(), at::ones({hidden.size(0)}, hidden.options()));
+  if (gradients.bias.defined())
+    gradients.bias.addmv_(of_logits.t(), at::ones({hidden.size(0)}, hidden.options()), beta);
 }
 
 /// The part of the terms that belongs to positions [first, first + count), or to those of an index.
@@ -138,13 +144,15 @@ inline LinearPass linear_pass_of_rows(const LinearInputs& inputs, const at::Tens
                                       const CrossEntropyTerms& terms, const LinearBackward& wants, bool predict) {
   const auto type = inputs.arithmetic();
   const auto options = hidden.options().dtype(type);
-  const int64_t rows = hidden.size(0), tokens = std::min(tokens_of_block(inputs), std::max<int64_t>(rows, 1));
+  const int64_t rows = hidden.size(0), tokens = tokens_of_block(inputs, rows);
   const auto empty = [&](at::ScalarType of_type) { return at::empty({rows}, options.dtype(of_type)); };
   LinearPass pass{{empty(type), empty(type), empty(type), predict ? empty(at::kLong) : at::Tensor()}, {}};
   if (wants.hidden) pass.gradients.hidden = at::empty(hidden.sizes(), options);
-  if (wants.weight) pass.gradients.weight = at::zeros(inputs.weight.sizes(), options);
-  if (wants.bias) pass.gradients.bias = at::zeros({inputs.classes()}, options);
-  const at::Tensor buffer = at::empty({tokens, inputs.classes()}, options);
+  if (wants.weight) pass.gradients.weight = kernels::empty_on_large_pages(inputs.weight.sizes(), options);
+  if (wants.bias) pass.gradients.bias = at::empty({inputs.classes()}, options);
+  if (rows == 0 && wants.weight) pass.gradients.weight.zero_();  // no block gives it a value
+  if (rows == 0 && wants.bias) pass.gradients.bias.zero_();
+  const at::Tensor buffer = kernels::empty_on_large_pages({tokens, inputs.classes()}, options);
 
   for (int64_t first = 0; first < rows; first += tokens) {
     const int64_t count = std::min(tokens, rows - first);
@@ -158,7 +166,7 @@ inline LinearPass linear_pass_of_rows(const LinearInputs& inputs, const at::Tens
     part(pass.rows.log_sum_exp).copy_(of_block.log_sum_exp);
     if (predict) part(pass.rows.prediction).copy_(of_block.prediction);
     if (!wants.any()) continue;
-    add_to_gradients(inputs, block, logits, part(pass.gradients.hidden), pass.gradients);
+    add_to_gradients(inputs, block, logits, part(pass.gradients.hidden), pass.gradients, first == 0);
   }
   return pass;
 }
@@ -208,12 +216,26 @@ inline LinearBackward wanted_gradients(const LinearInputs& inputs, const LinearS
           inputs.bias.defined() && inputs.bias.requires_grad()};
 }
 
+/// The same numbers in the type, rounded into the front of their own memory: each is read before it is overwritten.
+inline at::Tensor rounded_in_place(const at::Tensor& values, at::ScalarType type) {
+  if (values.scalar_type() == type || values.numel() == 0) return values.to(type);
+  constexpr int64_t part = int64_t{1} << 20;
+  const at::Tensor source = values.flatten(), target = values.view(type).flatten().narrow(0, 0, values.numel());
+  for (int64_t first = 0; first < source.size(0); first += part) {
+    const int64_t count = std::min(part, source.size(0) - first);
+    target.narrow(0, first, count).copy_(source.narrow(0, first, count).to(type));
+  }
+  return target.view(values.sizes());
+}
+
 /// In the inputs' own shapes and types, rounded once.
 inline LinearGradients finished(LinearGradients gradients, const LinearInputs& inputs) {
   if (gradients.hidden.defined()) {
     gradients.hidden = gradients.hidden.to(inputs.hidden.scalar_type()).reshape(inputs.hidden.sizes());
   }
-  if (gradients.weight.defined()) gradients.weight = gradients.weight.to(inputs.weight.scalar_type());
+  if (gradients.weight.defined()) {
+    gradients.weight = rounded_in_place(gradients.weight, inputs.weight.scalar_type());
+  }
   if (gradients.bias.defined()) gradients.bias = gradients.bias.to(inputs.bias.scalar_type());
   return gradients;
 }

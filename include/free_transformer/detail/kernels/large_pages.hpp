@@ -11,10 +11,11 @@
 
 namespace free_transformer::detail::kernels {
 
-/// An uninitialised contiguous tensor like `tensor`. A large one is fresh from the system, and the first touch of its 4
+/// An uninitialised contiguous tensor. A large one on the CPU is fresh from the system, and the first touch of its 4
 /// KiB pages costs more than the whole gradient's arithmetic: its inside is asked to be backed by pages of 2 MiB.
-inline at::Tensor empty_on_large_pages(const at::Tensor& tensor) {
-  at::Tensor result = at::empty(tensor.sizes(), tensor.options());
+inline at::Tensor empty_on_large_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor result = at::empty(sizes, options);
+  if (!result.device().is_cpu()) return result;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{1} << 21;
   const auto address = reinterpret_cast<uintptr_t>(result.data_ptr());

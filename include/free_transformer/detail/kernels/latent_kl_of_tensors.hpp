@@ -64,7 +64,7 @@ inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const Lat
   LatentRows result;
   result.sums = at::zeros({latent_sum_count + bits}, z_logits.options().dtype(at::kDouble));
   if (wants_penalty) result.penalty = at::empty({rows}, z_logits.options().dtype(at::kFloat));
-  if (wants_gradient) result.gradient = empty_on_large_pages(z_logits);
+  if (wants_gradient) result.gradient = empty_on_large_pages(z_logits.sizes(), z_logits.options());
   const auto run = [&](auto element) {
     using Element = decltype(element);
     const RowOffsets z_rows(z_logits);
