@@ -24,8 +24,8 @@ struct LinearLogits {
   LinearLogits(torch::Tensor hidden_, torch::Tensor weight_, torch::Tensor bias_ = {})
       : hidden(std::move(hidden_)), weight(std::move(weight_)), bias(std::move(bias_)) {}
 
-  /// Size of the buffer in bytes, at least one token's logits. The default, 0, is 15 MiB, or 56 tokens if fewer would fit:
-  /// a block costs as much more than its arithmetic as 16 tokens take.
+  /// Size of the buffer in bytes, at least one token's logits. The default, 0, is 15 MiB, or 56 tokens if fewer would fit,
+  /// and half of both for half types: a block costs as much more than its arithmetic as 16 tokens take.
   LinearLogits& block_bytes(int64_t bytes) { return block_bytes_ = bytes, *this; }
   int64_t block_bytes() const { return block_bytes_; }
 

@@ -46,9 +46,11 @@ struct LinearGradients {
 
 /// Tokens of a block, all of nearly the same size. A block reads the weight for each product, and reads and writes its
 /// gradient; that costs as much as the arithmetic of about 16 tokens. Hence 56 tokens at least, and more if they fit into
-/// 15 MiB. The threads have no say, so that their number does not change the order of the sums.
+/// 15 MiB; half of both for half types, whose logits would take half the memory. The threads have no say, so that their
+/// number does not change the order of the sums.
 inline int64_t tokens_of_block(const LinearInputs& inputs, int64_t tokens) {
-  constexpr int64_t fewest_tokens = 56, default_bytes = int64_t{15} << 20;
+  const int64_t share = inputs.hidden.scalar_type() == inputs.arithmetic() ? 1 : 2;
+  const int64_t fewest_tokens = 56 / share, default_bytes = (int64_t{15} << 20) / share;
   const int64_t bytes_of_token = inputs.classes() * static_cast<int64_t>(at::elementSize(inputs.arithmetic()));
   const int64_t most = inputs.block_bytes > 0 ? std::max<int64_t>(1, inputs.block_bytes / bytes_of_token)
                                               : std::max(fewest_tokens, default_bytes / bytes_of_token);
@@ -56,13 +58,13 @@ inline int64_t tokens_of_block(const LinearInputs& inputs, int64_t tokens) {
   return std::max<int64_t>(1, (tokens + blocks - 1) / blocks);
 }
 
-/// Calls visit(rows of the weight in the type of arithmetic, first row). A half weight is converted some rows at a
-/// time: a float32 copy of all of it would be twice as large as itself.
+/// Calls visit(rows of the weight in the type of arithmetic, first row). A half weight is converted in parts that fit into
+/// a core's cache: a float32 copy of all of it would be twice as large as itself.
 template <typename Visit>
 void for_each_part_of_weight(const LinearInputs& inputs, const Visit& visit) {
   const at::Tensor& weight = inputs.weight;
   const bool converts = weight.scalar_type() != inputs.arithmetic();
-  const int64_t rows = converts ? std::max<int64_t>(1, (int64_t{1} << 20) / weight.size(1)) : inputs.classes();
+  const int64_t rows = converts ? std::max<int64_t>(1, (int64_t{1} << 17) / weight.size(1)) : inputs.classes();
   for (int64_t first = 0; first < inputs.classes(); first += rows) {
     const at::Tensor part = weight.narrow(0, first, std::min(rows, inputs.classes() - first));
     visit(part.to(inputs.arithmetic()), first);

@@ -2,11 +2,10 @@
 ///
 /// A row costs: the largest logit (one read), exp(x - largest) and its sum (one read, one exp an element, one write
 /// into the gradient's row), the product with the row's factor (one read, one write). The row stays in the core's cache
-/// from the first read on, so memory sees the logits read once and the gradient written once. Half types and capped
-/// logits are first converted to a row of float32 that belongs to the thread. The sum is kept in float32 for 512
-/// elements at a time and in float64 beyond; it leaves out the target's class, so that a confident row keeps its
-/// relative accuracy. The last elements of a row are padded with -inf in registers: nothing is read or written behind
-/// the row's end.
+/// from the first read on, so memory sees the logits read once and the gradient written once. The terms of half types and
+/// of capped logits go to a row of float32 that belongs to the thread. The sum is kept in float32 for 512 elements at a
+/// time and in float64 beyond; it leaves out the target's class, so that a confident row keeps its relative accuracy. The
+/// last elements of a row are padded with -inf in registers: nothing is read or written behind the row's end.
 #pragma once
 
 #include <algorithm>

@@ -19,9 +19,10 @@ void parallel_rows(int64_t rows, int64_t grain, const Run& run) {
   const char* first = static_cast<const char*>(tickets.data_ptr());
   auto iterator =
       at::TensorIteratorConfig().set_check_mem_overlap(false).add_output(tickets).add_input(tickets).build();
-  iterator.for_each(
-      [&](char** data, const int64_t* /*strides*/, int64_t count) { run(data[0] - first, data[0] - first + count); },
-      grain);
+  // The loop over two dimensions, of which the second has one element: that over one makes g++ warn of what it is wrapped in.
+  iterator.for_each([&](char** data, const int64_t* /*strides*/, int64_t count,
+                        int64_t /*one*/) { run(data[0] - first, data[0] - first + count); },
+                    grain);
 }
 
 }  // namespace free_transformer::detail::kernels
