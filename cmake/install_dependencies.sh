@@ -9,7 +9,7 @@ wheel=
 while (($#)); do
   case $1 in
     examples) packages+=(libcli11-dev gnuplot-nox) ;;
-    tests) packages+=(catch2 clang-14 libbenchmark-dev nlohmann-json3-dev) ;;
+    tests) packages+=(catch2 clang-14 libbenchmark-dev valgrind) ;;
     wheel) packages+=(python3-venv) wheel=$2 && shift ;;
     *) echo "install_dependencies.sh: unknown part $1" >&2 && exit 2 ;;
   esac

@@ -446,7 +446,7 @@ TEST_CASE("One tensor as hidden and weight gets both gradients", "[linear][gradi
                    1) == "");
 }
 
-TEST_CASE("A fused head of half precision loses no more than eager does", "[linear][half]") {
+TEST_CASE("A fused head of half precision loses no more than eager does", "[linear][half][memcheck]") {
   // LibTorch has no float16 products on every CPU, so eager's are computed in float32 and rounded, as a GPU does it.
   const auto type = GENERATE(torch::kHalf, torch::kBFloat16);
   const double scale = GENERATE(1.0, 3.0);

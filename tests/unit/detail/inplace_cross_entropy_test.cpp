@@ -146,7 +146,7 @@ TEST_CASE("In place refuses logits whose value the user still owns, before it wr
   CHECK(same_bits(chunk, chunk_before));
 }
 
-TEST_CASE("A wrong use of logits that were written over is an error", "[inplace][errors]") {
+TEST_CASE("A wrong use of logits that were written over is an error", "[inplace][errors][memcheck]") {
   const Head head;
   const Tensor logits = head.logits();
   const auto loss_of = [&](const Tensor& of) { return compute_reconstruction_loss(of, head.targets, inplace); };

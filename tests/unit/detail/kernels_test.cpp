@@ -112,7 +112,7 @@ TEST_CASE("Every instruction set computes every option", "[kernels]") {
   }
 }
 
-TEST_CASE("A kernel reads and writes nothing beside its rows, wherever they start", "[kernels]") {
+TEST_CASE("A kernel reads and writes nothing beside its rows, wherever they start", "[kernels][memcheck]") {
   constexpr int64_t rows = 3, room = 80;
   for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
@@ -135,7 +135,7 @@ TEST_CASE("A kernel reads and writes nothing beside its rows, wherever they star
   }
 }
 
-TEST_CASE("Sixteen lanes give what eight give, on processors without AVX-512, too", "[kernels]") {
+TEST_CASE("Sixteen lanes give what eight give, on processors without AVX-512, too", "[kernels][memcheck]") {
   const Tensor logits = eighths({4, 533}, torch::kFloat), targets = some_targets(4, 533);
   const Tensor gradient = torch::empty_like(logits), results = torch::empty({3, 4});
   const kernels::RowOffsets offsets(logits);
@@ -158,7 +158,7 @@ TEST_CASE("Sixteen lanes give what eight give, on processors without AVX-512, to
   CHECK(difference(gradient, expected.gradient, steps * epsilon(torch::kFloat)) == "");
 }
 
-TEST_CASE("Sixteen lanes give what eight give for the latent KL, too", "[kernels][kl]") {
+TEST_CASE("Sixteen lanes give what eight give for the latent KL, too", "[kernels][kl][memcheck]") {
   constexpr int64_t positions = 70, bits = 21;
   const Tensor z = eighths({positions, bits}, torch::kBFloat16) / 4;
   const kernels::RowOffsets offsets(z);
