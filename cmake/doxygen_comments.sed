@@ -4,8 +4,11 @@
 1s,^/// ,/// @file\n/// ,
 /^#pragma once$/d
 
-# Nothing in detail is API.
-/^namespace detail \{$/,/^\}  \/\/ namespace detail$/s/.*//
+# Nothing in detail is API, nor is a specialization, which ends with the first line that ends a statement or a body.
+/^namespace (detail|FREE_TRANSFORMER_DETAIL) \{$/,/^\}  \/\/ namespace (detail|FREE_TRANSFORMER_DETAIL)$/s/.*//
+/^template <>$/,/[;}]$/s/.*//
+# A namespace whose name is a macro keeps copies of the library apart, and is not written by a user.
+/^(inline namespace [A-Z_]+ \{|\}  \/\/ namespace [A-Z_]+)$/s/.*//
 
 # An indented line is an equation, or a name in a table and what it is.
 s,^( *///) {5}([^ ].*)$,\1 <div>`\2`</div>,
