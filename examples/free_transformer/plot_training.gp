@@ -1,18 +1,38 @@
-# gnuplot -c plot_training.gp training_log.csv training.svg
+# gnuplot -c plot_training.gp training_log.csv training.svg free_bits
+# What is minimised and what it is made of, in nats; below it the latent KL and its budget of free_bits, in bits.
 set datafile separator ','
-set terminal svg size 900,700 background 'white'
+set terminal svg size 900,700 background 'white' font 'sans-serif,14' noenhanced
 set output ARG2
+free_bits = real(ARG3)
 
-set multiplot layout 2,1 title 'Free Transformer'
-set grid
+# Okabe and Ito's colours, which differ in lightness, too
+bound_colour = '#d55e00'
+loss_colour = '#56b4e9'
+part_colour = '#000000'
+
+set grid linecolor '#dddddd' linetype 1
+set border 3
+set tics nomirror out
+# Above the curves, where no line crosses it.
+set key at graph 1,1.03 right bottom horizontal Left reverse samplen 2.5
+# Numbers of one width, so that the names of both axes stand in one line.
+set format y '%4.2f'
+
+# Both panels have the same left and right edge, and one axis of steps.
+set multiplot layout 2,1 margins 0.1,0.97,0.1,0.88 spacing 0.11 title 'Training of a Free Transformer'
+
+set ylabel 'nats a byte' offset 1.5,0
+set format x ''
+# Where the KL stays within its budget the loss is the reconstruction: a wide line shows on both sides of a thin one.
+plot ARG1 using 'step':'loss/total' with lines linewidth 7 linecolor rgb loss_colour title 'loss', \
+     ARG1 using 'step':'bound/elbo' with lines linewidth 2 linecolor rgb bound_colour title 'evidence bound', \
+     ARG1 using 'step':'loss/reconstruction' with lines linewidth 1.5 linecolor rgb part_colour title 'reconstruction'
+
+set ylabel 'bits a byte' offset 1.5,0
 set xlabel 'step'
-
-set ylabel 'nats a byte'
-plot ARG1 using 'step':'bound/elbo' with lines linewidth 2 title 'evidence bound', \
-     ARG1 using 'step':'loss/total' with lines title 'loss', \
-     ARG1 using 'step':'loss/reconstruction' with lines title 'reconstruction'
-
-set ylabel 'bits a byte'
+set format x '%g'
 set yrange [0:*]
-plot ARG1 using 'step':'latent/kl_bits' with lines linewidth 2 title 'latent KL'
+set offsets 0,0,graph 0.08,0
+plot ARG1 using 'step':'latent/kl_bits' with lines linewidth 2 linecolor rgb bound_colour title 'latent KL', \
+     free_bits with lines linewidth 2 dashtype 2 linecolor rgb part_colour title sprintf('free: %g bits', free_bits)
 unset multiplot

@@ -88,8 +88,8 @@ void report_evaluation(const LossMetrics& metrics) {
       metrics.at("latent/kl_bits"));
 }
 
-void draw(const std::filesystem::path& log, const std::filesystem::path& picture) {
-  if (draw_training(log, picture)) {
+void draw(const std::filesystem::path& log, const std::filesystem::path& picture, double free_bits) {
+  if (draw_training(log, picture, free_bits)) {
     std::printf("curves: %s, drawn from %s\n", picture.c_str(), log.c_str());
   } else {
     std::printf("no picture, as gnuplot is missing or failed; the curves are in %s\n", log.c_str());
@@ -113,7 +113,7 @@ void run(const Settings& settings) {
   TrainingLog log(log_file);
   train(model, training_text, settings, log);
   report_evaluation(evaluate(model, held_out_text, settings));
-  draw(log_file, settings.output_folder / "training.svg");
+  draw(log_file, settings.output_folder / "training.svg", settings.free_bits);
   const auto sample = continue_text(model, settings.prompt, settings.sample_bytes);
   std::printf("\nA sample, its codes drawn from the prior:\n%s\n", without_control_characters(sample).c_str());
 }
