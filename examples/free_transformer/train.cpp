@@ -96,6 +96,15 @@ void draw(const std::filesystem::path& log, const std::filesystem::path& picture
   }
 }
 
+void announce_length(const Settings& settings) {
+  std::printf("%lld steps", static_cast<long long>(settings.steps));
+  if (settings.minutes > 0.0) {
+    std::printf(", or as many as fit into %g minutes", settings.minutes);
+  }
+  std::printf("; the evaluation and a sample of %lld bytes follow\n", static_cast<long long>(settings.sample_bytes));
+  std::fflush(stdout);
+}
+
 void run(const Settings& settings) {
   at::set_num_threads(settings.threads);
   torch::manual_seed(settings.seed);
@@ -107,6 +116,7 @@ void run(const Settings& settings) {
               files.training.size(), static_cast<long long>(training_text.size()), files.held_out.size(),
               static_cast<long long>(held_out_text.size()), static_cast<long long>(parameter_count(*model)),
               at::get_num_threads());
+  announce_length(settings);
 
   std::filesystem::create_directories(settings.output_folder);
   const auto log_file = settings.output_folder / "training_log.csv";
