@@ -9,7 +9,8 @@
 #include <optional>
 
 #include "free_transformer/detail/autograd/latent_kl.hpp"
-#include "free_transformer/detail/checks.hpp"
+#include "free_transformer/detail/checks/latent.hpp"
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/reduction.hpp"
 
 namespace free_transformer {
@@ -71,7 +72,7 @@ struct KLDivergenceOptions {
   TORCH_ARG(Normalizer, normalizer);
 };
 
-namespace detail {
+namespace FREE_TRANSFORMER_DETAIL {
 
 template <>
 inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<PerPosition> = kernels::Hinge::per_position;
@@ -80,21 +81,9 @@ inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<PerBit> = kerne
 template <>
 inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<BatchMean> = kernels::Hinge::batch_mean;
 
-template <typename FreeBits>
-LatentResult latent_kl(const torch::Tensor& z_logits, const KLDivergenceOptions& options) {
-  constexpr const char* function = "compute_kl_divergence";
-  check_latent_logits(function, z_logits, options.latent_dim());
-  check_not_negative(function, "free_bits", options.free_bits());
-  check_prior_logits(function, z_logits, options.prior_logits());
-  const Normalization normalization = checked_normalization(function, options.reduction(), options.normalizer());
-  const auto device = z_logits.device();
-  const LatentTerms terms{
-      checked_token_weight(function, options.token_weight(), shape_of_positions(z_logits), device, widest_type(device)),
-      options.free_bits()};
-  return latent_kl<FreeBits>(z_logits, options.prior_logits(), terms, normalization);
-}
+}  // namespace FREE_TRANSFORMER_DETAIL
 
-}  // namespace detail
+inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
 /// Free-bits KL of the latent bits, in nats. Fleuret 2025, Eq. 5; with u = 1 and a uniform prior
 ///     L = 1/T sum_t max(0, sum_h KL(Bernoulli(sigmoid(z_th)) || Bernoulli(1/2)) - kappa)
@@ -105,15 +94,21 @@ LatentResult latent_kl(const torch::Tensor& z_logits, const KLDivergenceOptions&
 /// Saved      z_logits, prior_logits, the weights; by the vector kernels also the gradient, for the first backward.
 ///            Double backward works
 /// Throws     c10::Error if the last size is not latent_dim, free_bits is negative or not finite, a type is not
-///            floating, or a weight or prior does not fit z_logits
+///            floating, or a weight or prior does not fit z_logits; for dual tensors, under functorch's transforms and
+///            while tracing
 template <typename FreeBits = PerPosition>
 torch::Tensor compute_kl_divergence(const torch::Tensor& z_logits, const KLDivergenceOptions& options) {
-  return detail::latent_kl<FreeBits>(z_logits, options).loss;
+  constexpr const char* function = "compute_kl_divergence";
+  const auto settings = detail::checked_latent_settings(function, z_logits, options, options.token_weight());
+  const auto normalization = detail::checked_normalization(function, options.reduction(), options.normalizer());
+  return detail::latent_kl<FreeBits>(z_logits, settings, normalization).loss;
 }
 
 template <typename FreeBits = PerPosition>
 torch::Tensor compute_kl_divergence(const torch::Tensor& z_logits, int64_t latent_dim = 16, double free_bits = 0.3466) {
   return compute_kl_divergence<FreeBits>(z_logits, KLDivergenceOptions().latent_dim(latent_dim).free_bits(free_bits));
 }
+
+}  // namespace FREE_TRANSFORMER_FUNCTIONS
 
 }  // namespace free_transformer

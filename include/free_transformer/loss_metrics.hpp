@@ -7,14 +7,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <map>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "free_transformer/detail/cross_entropy_terms.hpp"
-#include "free_transformer/detail/latent_terms.hpp"
+#include "free_transformer/detail/numbers.hpp"
+#include "free_transformer/detail/settings.hpp"
 #include "free_transformer/reduction.hpp"
 
 namespace free_transformer {
@@ -28,6 +27,7 @@ namespace free_transformer {
 ///     bound/elbo               negative log-likelihood + KL before the hinge, nats a token: comparable with a language
 ///                              model; bound/elbo_bits is the same in bits
 ///     metrics/accuracy         share of the positions whose most likely class is the target; only if options ask for it
+///     loss/z_loss              the part of loss/reconstruction that is the z-loss; only if there is one
 /// They do not depend on `reduction` and `normalizer`: a += b gives what one call on both batches would have given.
 /// Nothing is copied to the host before the first read; then everything is, once. Reading throws c10::Error for an
 /// unknown name. Not safe to read from two threads at once.
@@ -41,8 +41,8 @@ class LossMetrics {
 
   /// The sums of both terms as `reconstruct` and the latent term return them.
   LossMetrics(const torch::Tensor& reconstruction_sums, const torch::Tensor& latent_sums, double beta_kl,
-              double free_bits, bool hinge_on_batch_mean, bool has_accuracy)
-      : hinge_on_batch_mean_(hinge_on_batch_mean), has_accuracy_(has_accuracy) {
+              double free_bits, bool hinge_on_batch_mean, bool has_accuracy, bool has_z_loss = false)
+      : hinge_on_batch_mean_(hinge_on_batch_mean), has_accuracy_(has_accuracy), has_z_loss_(has_z_loss) {
     if (latent_sums.device().is_cpu()) {  // a small step feels every operation
       const auto count = static_cast<size_t>(latent_sums.numel());
       sums_ = at::empty({latent_begin + latent_sums.numel()}, latent_sums.options());
@@ -71,6 +71,7 @@ class LossMetrics {
         sums_.sizes(), " and ", other.sums_.sizes(), ", hinge on the batch mean ", hinge_on_batch_mean_, " and ",
         other.hinge_on_batch_mean_, ", accuracy ", has_accuracy_, " and ", other.has_accuracy_);
     sums_ = sums_ + other.sums_.to(sums_.device());
+    has_z_loss_ = has_z_loss_ || other.has_z_loss_;
     values_.clear();
     return *this;
   }
@@ -110,6 +111,7 @@ class LossMetrics {
   torch::Tensor sums_;
   bool hinge_on_batch_mean_ = false;
   bool has_accuracy_ = false;
+  bool has_z_loss_ = false;
   mutable std::vector<value_type> values_;
 };
 
@@ -118,11 +120,11 @@ inline std::vector<LossMetrics::value_type> LossMetrics::read() const {
   const torch::Tensor sums = sums_.defined() ? sums_.to(at::kCPU, at::kDouble) : at::zeros({bits_begin}, at::kDouble);
   const double* data = sums.data_ptr<double>();
   const auto latent = [&](int64_t sum) { return data[latent_begin + sum]; };
-  const auto ratio = [](double sum, double weight) { return weight == 0 ? 0.0 : sum / weight; };
+  const auto ratio = [](double sum, double weight) { return detail::is_zero(weight) ? 0.0 : sum / weight; };
   const double positions = latent(detail::latent_weight_sum);
 
-  const double reconstruction = ratio(data[detail::likelihood_loss_sum], data[detail::likelihood_weight_sum]) +
-                                ratio(data[detail::z_loss_sum], data[detail::token_weight_sum]);
+  const double z_loss = ratio(data[detail::z_loss_sum], data[detail::token_weight_sum]);
+  const double reconstruction = ratio(data[detail::likelihood_loss_sum], data[detail::likelihood_weight_sum]) + z_loss;
   const double nll = ratio(data[detail::nll_sum], data[detail::token_weight_sum]);
   double raw_kl = 0, active_bits = 0;
   for (const double* bit = data + bits_begin; bit != data + sums.numel(); ++bit) {
@@ -133,7 +135,7 @@ inline std::vector<LossMetrics::value_type> LossMetrics::read() const {
   double kl_weighted = ratio(data[weighted_penalty_sum], positions);
   if (hinge_on_batch_mean_) {  // not additive: the hinge belongs to the mean over all that was joined
     const double above = raw_kl - ratio(data[free_bits_sum], positions);
-    kl = above <= 0 ? 0 : above;
+    kl = above <= 0 && !detail::is_nan(above) ? 0 : above;
     kl_weighted = kl * ratio(data[beta_kl_sum], positions);
   }
   std::vector<value_type> values{{"loss/total", reconstruction + kl_weighted},
@@ -149,6 +151,7 @@ inline std::vector<LossMetrics::value_type> LossMetrics::read() const {
   if (has_accuracy_) {
     values.emplace_back("metrics/accuracy", ratio(data[detail::hit_sum], data[detail::token_weight_sum]));
   }
+  if (has_z_loss_) values.emplace_back("loss/z_loss", z_loss);
   return values;
 }
 

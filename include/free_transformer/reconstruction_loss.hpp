@@ -8,7 +8,8 @@
 #include <utility>
 
 #include "free_transformer/detail/autograd/inplace_cross_entropy.hpp"
-#include "free_transformer/detail/checks.hpp"
+#include "free_transformer/detail/checks/reconstruction.hpp"
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/reduction.hpp"
 
 namespace free_transformer {
@@ -39,8 +40,9 @@ struct ReconstructionLossOptions {
   /// c > 0 replaces every logit x by c tanh(x/c) before everything else (Gemma 2). Default: 0, which does not.
   TORCH_ARG(double, softcap) = 0.0;
 
-  /// True lets the gradient be written over the logits, which saves memory and time. They then must be no leaf and must
-  /// not be used again: reading them through the graph, a second backward or create_graph is an error. Without a
+  /// True lets the gradient be written over the logits, which saves memory and time. They then must be no leaf, share no
+  /// memory (their own rows, other arguments), not retain a gradient, and not be used again: another call of this
+  /// library with them, reading them through the graph, a second backward or create_graph is an error. Without a
   /// gradient to compute, and where there is no vector kernel, it changes nothing. Default: false.
   TORCH_ARG(bool, inplace) = false;
 
@@ -54,43 +56,7 @@ struct ReconstructionResult {
   torch::Tensor sums;  ///< in the order of `detail::ReconstructionSum`, in the widest type, on the device of the logits
 };
 
-namespace detail {
-
-/// The checked settings and targets of logits of shape [positions..., classes], in what the losses compute with.
-inline CrossEntropyTerms checked_terms(const char* function, const torch::Tensor& targets,
-                                       const ReconstructionLossOptions& options, at::IntArrayRef positions,
-                                       int64_t classes, const at::Device& device, at::ScalarType logits_type) {
-  check_not_negative(function, "z_loss", options.z_loss());
-  check_not_negative(function, "softcap", options.softcap());
-  TORCH_CHECK(options.label_smoothing() >= 0 && options.label_smoothing() <= 1, function,
-              ": label_smoothing must be in [0, 1], got ", options.label_smoothing());
-  const auto type = arithmetic_type(logits_type);
-  CrossEntropyTerms terms;
-  terms.targets = checked_targets(function, targets, positions, classes, device, options.ignore_index());
-  terms.token_weight = checked_token_weight(function, options.token_weight(), positions, device, type);
-  terms.class_weight = checked_class_weight(function, options.weight(), classes, device, type);
-  terms.ignore_index = options.ignore_index();
-  terms.label_smoothing = options.label_smoothing();
-  terms.z_loss = options.z_loss();
-  terms.softcap = options.softcap();
-  return terms;
-}
-
-}  // namespace detail
-
-/// Dense logits. A type of your own becomes a source of logits by an overload of this function in its namespace; it may
-/// make dense logits of itself and hand them on.
-inline ReconstructionResult reconstruct(const torch::Tensor& logits, const torch::Tensor& targets,
-                                        const ReconstructionLossOptions& options) {
-  constexpr const char* function = "compute_reconstruction_loss";
-  detail::check_logits(function, "logits", logits);
-  const auto positions = detail::shape_of_positions(logits);
-  const auto terms = detail::checked_terms(function, targets, options, positions, logits.size(-1), logits.device(),
-                                           logits.scalar_type());
-  const auto normalization = detail::checked_normalization(function, options.reduction(), options.normalizer());
-  auto result = detail::cross_entropy(function, logits, terms, normalization, options.accuracy(), options.inplace());
-  return {std::move(result.loss), std::move(result.sums)};
-}
+inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
 /// Cross entropy of the targets, in nats. With y the target of position t, u its weight, w the class weights, epsilon
 /// the label smoothing, x the logits (capped first of all) and lse = log sum_j exp(x_j):
@@ -105,8 +71,31 @@ inline ReconstructionResult reconstruct(const torch::Tensor& logits, const torch
 /// Saved    logits, five numbers a position; by the vector kernels also the gradient, for the first backward. Double
 ///          backward works. Positions that are ignored or of weight 0 have a loss and a gradient of exactly 0; a class
 ///          of weight 0 has no likelihood term
-/// Throws   c10::Error if a type, shape, device or setting does not fit, or (on the CPU) a target or a weight is out of
-///          range; on other devices a target out of range makes the loss NaN
+/// Throws   c10::Error, before anything is written, if a type, shape, device or setting does not fit, or (on the CPU) a
+///          target or a weight is out of range; on other devices a target out of range makes the loss NaN. Also for dual
+///          tensors, under functorch's transforms and while tracing, whose derivatives and traces would be lost
+template <typename Logits>
+torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Tensor& targets,
+                                          const ReconstructionLossOptions& options);
+
+template <typename Logits>
+torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Tensor& targets,
+                                          int64_t ignore_index = -100);
+
+/// Dense logits. A type of your own becomes a source of logits by an overload of this function in its namespace; it may
+/// make dense logits of itself and hand them on.
+inline ReconstructionResult reconstruct(const torch::Tensor& logits, const torch::Tensor& targets,
+                                        const ReconstructionLossOptions& options) {
+  constexpr const char* function = "compute_reconstruction_loss";
+  detail::check_logits(function, "logits", logits);
+  detail::check_not_overwritten_before(function, logits);
+  const auto settings = detail::checked_cross_entropy_settings(function, targets, options, logits.sizes(),
+                                                               logits.device(), logits.scalar_type());
+  const auto normalization = detail::checked_normalization(function, options.reduction(), options.normalizer());
+  auto result = detail::cross_entropy(function, logits, settings, normalization, options.accuracy(), options.inplace());
+  return {std::move(result.loss), std::move(result.sums)};
+}
+
 template <typename Logits>
 torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Tensor& targets,
                                           const ReconstructionLossOptions& options) {
@@ -114,9 +103,10 @@ torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Ten
 }
 
 template <typename Logits>
-torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Tensor& targets,
-                                          int64_t ignore_index = -100) {
+torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Tensor& targets, int64_t ignore_index) {
   return compute_reconstruction_loss(logits, targets, ReconstructionLossOptions().ignore_index(ignore_index));
 }
+
+}  // namespace FREE_TRANSFORMER_FUNCTIONS
 
 }  // namespace free_transformer

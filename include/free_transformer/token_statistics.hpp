@@ -4,28 +4,35 @@
 #include <ATen/ATen.h>
 
 #include "free_transformer/detail/autograd/cross_entropy.hpp"
+#include "free_transformer/detail/autograd/overwritten_logits.hpp"
+#include "free_transformer/detail/checks/reconstruction.hpp"
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/reconstruction_loss.hpp"
 
 namespace free_transformer {
 
-/// Each of the shape of the positions, and 0 or false where a position does not count.
+/// Each of the shape of the positions, and 0 or false (the prediction: -1) where a position does not count.
 struct TokenStatistics {
   torch::Tensor loss;         ///< what `torch::kNone` returns, all options applied; nats
   torch::Tensor log_sum_exp;  ///< log sum_j exp(x_j) of the capped logits
   torch::Tensor
       target_log_probability;  ///< log p_y, nats, without weights and smoothing; sum_c q_c log p_c for probabilities
-  torch::Tensor prediction;    ///< int64, the most likely class, the lowest on a tie
-  torch::Tensor hit;           ///< bool, the prediction is the target (or the most likely class of q)
+  torch::Tensor prediction;  ///< int64, the most likely class, the lowest on a tie; -1 where a position does not count
+  torch::Tensor hit;         ///< bool, the prediction is the target (or the most likely class of q)
+  torch::Tensor entropy;     ///< of the prediction, -sum_c p_c log p_c of the capped logits; nats
 };
 
-namespace detail {
+namespace FREE_TRANSFORMER_DETAIL {
 
 inline TokenStatistics shaped_statistics(const CrossEntropyValues& values, at::IntArrayRef positions) {
-  return {values.loss.reshape(positions), values.log_sum_exp.reshape(positions), values.nll.neg().reshape(positions),
-          values.prediction.reshape(positions), values.hit.reshape(positions)};
+  return {values.loss.reshape(positions),      values.log_sum_exp.reshape(positions),
+          values.nll.neg().reshape(positions), values.prediction.reshape(positions),
+          values.hit.reshape(positions),       values.entropy.reshape(positions)};
 }
 
-}  // namespace detail
+}  // namespace FREE_TRANSFORMER_DETAIL
+
+inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
 /// Statistics of dense logits; a source of logits of your own gets an overload of this function beside its
 /// `reconstruct`.
@@ -33,13 +40,14 @@ inline TokenStatistics token_statistics(const torch::Tensor& logits, const torch
                                         const ReconstructionLossOptions& options) {
   constexpr const char* function = "compute_token_statistics";
   detail::check_logits(function, "logits", logits);
+  detail::check_not_overwritten_before(function, logits);
   const auto positions = detail::shape_of_positions(logits);
-  const auto terms = detail::checked_terms(function, targets, options, positions, logits.size(-1), logits.device(),
-                                           logits.scalar_type());
-  return detail::shaped_statistics(detail::cross_entropy_values(logits, terms), positions);
+  const auto settings = detail::checked_cross_entropy_settings(function, targets, options, logits.sizes(),
+                                                               logits.device(), logits.scalar_type());
+  return detail::shaped_statistics(detail::cross_entropy_values(logits, settings), positions);
 }
 
-/// The loss, log-sum-exp, log-probability, prediction and hit of every token from one forward pass, without a graph.
+/// The loss, log-sum-exp, log-probability, prediction, hit and entropy of every token from one forward pass, without a graph.
 /// logits, targets, options  as in `compute_reconstruction_loss`; reduction and normalizer do not matter here
 /// Returns                   `TokenStatistics`; float32, or float64 for float64
 /// Throws                    c10::Error as `compute_reconstruction_loss` does
@@ -49,5 +57,7 @@ TokenStatistics compute_token_statistics(const Logits& logits, const torch::Tens
   const at::NoGradGuard no_grad;
   return token_statistics(logits, targets, options);
 }
+
+}  // namespace FREE_TRANSFORMER_FUNCTIONS
 
 }  // namespace free_transformer

@@ -17,22 +17,3 @@ add_consumer(find_package -Dfree_transformer_ROOT=${install_folder})
 set_tests_properties(consumers/find_package PROPERTIES FIXTURES_REQUIRED installed)
 
 add_consumer(add_subdirectory -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_DIR})
-
-# The flags of the one line that a copy is built with, for either LibTorch.
-set(api_folder torch/csrc/api/include)
-if(LibTorch_WHEEL)
-  set(libtorch_flags -std=c++20 -isystem ${LibTorch_INCLUDE_DIR} -isystem ${LibTorch_INCLUDE_DIR}/${api_folder}
-                     -L${LibTorch_WHEEL}/lib -Wl,-rpath,${LibTorch_WHEEL}/lib -Wl,--allow-shlib-undefined)
-else()
-  set(libtorch_flags -std=c++17 -isystem ${LibTorch_INCLUDE_DIR}/${api_folder})
-endif()
-
-foreach(compiler g++ clang++-14)
-  find_program(compiler_path ${compiler} NO_CACHE)
-  if(compiler_path)
-    add_test(NAME consumers/vendored_copy/${compiler}
-             COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/consumers/vendored_copy/build_and_run.sh
-                     ${CMAKE_CURRENT_BINARY_DIR}/vendored_copy/${compiler} ${compiler_path} ${libtorch_flags})
-  endif()
-  unset(compiler_path)
-endforeach()

@@ -121,8 +121,44 @@ TEST_CASE("Both terms must be on one device", "[errors][vae]") {
 }
 
 TEST_CASE("The module refuses what the function refuses", "[errors][module]") {
-  FreeTransformerLoss criterion(3, -1.0);
+  FreeTransformerLoss criterion(3);
+  criterion->options.beta_kl(-1);
   CHECK(error_of([&] {
           criterion(eighths({2, 5}), indices({0, 1}), eighths({2, 3}));
         }) == "compute_vae_loss: beta_kl must be finite and >= 0, got -1");
+}
+
+TEST_CASE("Logits in LibTorch's order are told how to be turned", "[errors]") {
+  const std::string hint = "pass logits.movedim(1, -1)";
+  const auto contains = [](const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos;
+  };
+  const auto zeros = [](torch::IntArrayRef shape) { return torch::zeros(shape, torch::kLong); };
+  CHECK(contains(reconstruction_error(eighths({2, 7, 5}), zeros({2, 5})), hint));
+  CHECK(contains(reconstruction_error(eighths({2, 7, 5, 3}), zeros({2, 5, 3})), hint));
+  CHECK(contains(reconstruction_error(eighths({2, 7, 0}), zeros({2, 0})), "at least 1"));
+  CHECK_FALSE(contains(reconstruction_error(eighths({2, 7, 5}), zeros({5, 2})), hint));
+  CHECK_FALSE(contains(reconstruction_error(eighths({2, 7, 5}), zeros({3, 5})), hint));
+  CHECK_FALSE(contains(reconstruction_error(eighths({7, 5}), zeros({5})), hint));
+  CHECK(contains(error_of([&] { compute_token_statistics(eighths({2, 7, 5}), zeros({2, 5})); }), hint));
+  CHECK(contains(latent_error(eighths({2, 3, 8})), "pass z_logits.movedim(1, -1)"));
+  CHECK_FALSE(contains(latent_error(eighths({2, 4, 8})), "movedim"));
+  CHECK(contains(error_of([&] {
+                   compute_reconstruction_loss(LinearLogits(eighths({2, 4, 8}), eighths({9, 4})), zeros({2, 8}));
+                 }),
+                 "pass hidden.movedim(1, -1)"));
+}
+
+TEST_CASE("A tensor for a normalizer is looked at on the CPU", "[errors][normalizer]") {
+  const Tensor logits = eighths({2, 5}), targets = indices({0, 1});
+  for (const double bad : {-1.0, not_a_number, reference::inf}) {
+    const Tensor normalizer = torch::full({1}, bad);
+    CHECK_THAT(error_of([&] {
+                 compute_reconstruction_loss(logits, targets, ReconstructionLossOptions().normalizer(normalizer));
+               }),
+               Catch::Matchers::Contains("normalizer must be finite and >= 0 where it is a tensor"));
+    CHECK_THAT(
+        error_of([&] { compute_kl_divergence(logits, KLDivergenceOptions().latent_dim(5).normalizer(normalizer)); }),
+        Catch::Matchers::Contains("normalizer must be finite and >= 0 where it is a tensor"));
+  }
 }

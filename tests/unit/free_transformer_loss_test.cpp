@@ -113,3 +113,125 @@ TEST_CASE("The module lives in a model that is cloned, converted and trained", "
   CHECK(clone->criterion->options.latent_dim() == 4);
   CHECK(clone->parameters().size() == 2);
 }
+
+TEST_CASE("The module refuses a setting when it is made", "[module][errors]") {
+  const std::string range = " must be finite and >= 0, got ";
+  CHECK(error_of([] { FreeTransformerLoss(0); }) == "compute_kl_divergence: latent_dim must be >= 1, got 0");
+  CHECK(error_of([] { FreeTransformerLoss(-2); }) == "compute_kl_divergence: latent_dim must be >= 1, got -2");
+  CHECK(error_of([] { FreeTransformerLoss(4, -1.0); }) == "FreeTransformerLoss: beta_kl" + range + "-1");
+  CHECK(error_of([] { FreeTransformerLoss(4, not_a_number); }) == "FreeTransformerLoss: beta_kl" + range + "nan");
+  CHECK(error_of([] { FreeTransformerLoss(4, 1.0, -0.5); }) == "compute_kl_divergence: free_bits" + range + "-0.5");
+  const auto error = [](const ReconstructionLossOptions& options) {
+    return error_of([&] { FreeTransformerLoss(VAELossOptions().reconstruction(options)); });
+  };
+  CHECK(error(ReconstructionLossOptions().label_smoothing(2)) != "");
+  CHECK(error(ReconstructionLossOptions().label_smoothing(not_a_number)) != "");
+  CHECK(error(ReconstructionLossOptions().z_loss(-1)) != "");
+  CHECK(error(ReconstructionLossOptions().softcap(reference::inf)) != "");
+  CHECK(error(ReconstructionLossOptions().normalizer(0)) != "");
+  CHECK(error(ReconstructionLossOptions().normalizer(torch::full({1}, -1.0))) != "");
+  CHECK(error(ReconstructionLossOptions().reduction(torch::kNone)) != "");
+}
+
+namespace {
+
+VAELossOptions options_with_tensors() {
+  return VAELossOptions()
+      .latent_dim(4)
+      .reconstruction(ReconstructionLossOptions()
+                          .weight(torch::tensor({1.0, 2.0, 0.5, 1.0, 3.0}))
+                          .token_weight(torch::tensor({1.0, 1.0, 0.25}))
+                          .normalizer(torch::tensor(int64_t{70000})))
+      .kl(KLDivergenceOptions()
+              .latent_dim(4)
+              .prior_logits(torch::tensor({0.5, -0.5, 1.0, 0.0}).requires_grad_())
+              .token_weight(torch::tensor({1.0, 2.0, 3.0}))
+              .normalizer(torch::tensor({3.5})));
+}
+
+}  // namespace
+
+TEST_CASE("The tensors of the options are the module's: a learned prior a parameter, the others buffers", "[module]") {
+  FreeTransformerLoss criterion(options_with_tensors());
+  CHECK(criterion->named_parameters().keys() == std::vector<std::string>{"prior_logits"});
+  CHECK(criterion->named_buffers().keys() ==
+        std::vector<std::string>{"weight", "token_weight", "normalizer", "latent_token_weight", "latent_normalizer"});
+  CHECK(FreeTransformerLoss()->named_buffers().is_empty());
+  const Tensor expected = compute_vae_loss(logits, targets, z_logits, options_with_tensors()).loss;
+  CHECK(same_bits(criterion(logits, targets, z_logits).loss, expected));
+  torch::optim::SGD optimizer(criterion->parameters(), 1.0);
+  const Tensor before = criterion->options.kl().prior_logits().detach().clone();
+  criterion(logits, targets, z_logits).loss.backward();
+  optimizer.step();
+  CHECK_FALSE(same_bits(criterion->options.kl().prior_logits(), before));  // what the loss reads is what learns
+}
+
+TEST_CASE("A clone has tensors of its own, with the values of the original's", "[module]") {
+  FreeTransformerLoss criterion(options_with_tensors());
+  const auto clone = std::dynamic_pointer_cast<FreeTransformerLossImpl>(criterion->clone());
+  REQUIRE(clone);
+  CHECK(clone->parameters().size() == 1);
+  CHECK(clone->buffers().size() == 5);
+  const Tensor expected = criterion(logits, targets, z_logits).loss;
+  CHECK(same_bits(clone->forward(logits, targets, z_logits).loss, expected));
+  {
+    const torch::NoGradGuard no_grad;
+    criterion->options.kl().prior_logits().fill_(9);
+    criterion->options.reconstruction().weight().fill_(9);
+  }
+  CHECK(same_bits(clone->forward(logits, targets, z_logits).loss, expected));
+  CHECK(clone->options.kl().prior_logits().requires_grad());
+  CHECK_FALSE(same_bits(criterion(logits, targets, z_logits).loss, expected));
+}
+
+TEST_CASE("A module that is moved or converted takes its tensors along, but counts keep their type", "[module]") {
+  FreeTransformerLoss criterion(options_with_tensors());
+  criterion->to(torch::kHalf);
+  CHECK(criterion->options.reconstruction().weight().scalar_type() == torch::kHalf);
+  CHECK(criterion->options.kl().prior_logits().scalar_type() == torch::kHalf);
+  CHECK(criterion->options.reconstruction().normalizer().tensor()->item<int64_t>() == 70000);
+  CHECK(std::isfinite(criterion(logits, targets, z_logits).loss.item<double>()));
+  criterion->to(torch::kCPU, torch::kDouble);
+  CHECK(criterion->options.kl().token_weight().scalar_type() == torch::kDouble);
+  CHECK(criterion->options.kl().normalizer().tensor()->scalar_type() == torch::kFloat);
+}
+
+TEST_CASE("Tensors that replace others in the options are used, and then belong to the module", "[module]") {
+  FreeTransformerLoss criterion(options_with_tensors());
+  for (const double scale : {1.0, 2.0, 3.0}) {  // a mask for each batch
+    const Tensor weight = torch::tensor({0.5, 1.0, scale});
+    criterion->options.reconstruction().token_weight(weight);
+    VAELossOptions expected = options_with_tensors();
+    expected.reconstruction().token_weight(weight);
+    CHECK(same_bits(criterion(logits, targets, z_logits).loss,
+                    compute_vae_loss(logits, targets, z_logits, expected).loss));
+    const auto clone = std::dynamic_pointer_cast<FreeTransformerLossImpl>(criterion->clone());
+    CHECK(same_bits(clone->options.reconstruction().token_weight(), weight));
+    CHECK(criterion->buffers().size() == 5);
+  }
+}
+
+TEST_CASE("AnyModule and Sequential hold the module", "[module]") {
+  FreeTransformerLoss criterion(4);
+  const Tensor expected = criterion(logits, targets, z_logits).loss;
+  torch::nn::AnyModule any(criterion);
+  CHECK(same_bits(any.forward<VAELossOutput>(logits, targets, z_logits).loss, expected));
+  torch::nn::Sequential sequential(FreeTransformerLoss(4));
+  CHECK(same_bits(sequential->forward<VAELossOutput>(logits, targets, z_logits).loss, expected));
+  const auto clone = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(sequential->clone());
+  CHECK(same_bits(clone->forward<VAELossOutput>(logits, targets, z_logits).loss, expected));
+  CHECK(error_of([&] { any.forward<VAELossOutput>(1, targets, z_logits); }) != "");
+}
+
+TEST_CASE("A saved module comes back with its tensors", "[module]") {
+  FreeTransformerLoss criterion(options_with_tensors()), loaded(options_with_tensors());
+  {
+    const torch::NoGradGuard no_grad;
+    criterion->options.kl().prior_logits().fill_(0.75);
+  }
+  std::stringstream stream;
+  torch::save(criterion, stream);
+  torch::load(loaded, stream);
+  CHECK(same_bits(loaded->options.kl().prior_logits(), criterion->options.kl().prior_logits()));
+  CHECK(same_bits(loaded(logits, targets, z_logits).loss, criterion(logits, targets, z_logits).loss));
+}

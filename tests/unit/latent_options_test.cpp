@@ -378,8 +378,8 @@ TEST_CASE("Options of the latent term that do not fit are refused", "[kl][option
        {std::pair<double, const char*>{0, "0"}, {-2, "-2"}, {reference::inf, "inf"}, {not_a_number, "nan"}}) {
     CHECK(error(with().normalizer(value)) == std::string("normalizer must be finite and > 0, got ") + text);
   }
-  CHECK(error(with().normalizer(torch::ones({1}))) ==
-        "normalizer must be a number or a real 0-dim tensor, got shape [1] of type Float");
+  CHECK(error(with().normalizer(torch::ones({2}))) ==
+        "normalizer must be a number or a real tensor of one element, got shape [2] of type Float");
   CHECK(error(with().normalizer(torch::ones({}).requires_grad_())) ==
         "normalizer must not require grad (it gets none; detach it), got requires_grad = true");
   CHECK(error(with().token_weight(torch::tensor({1.0, -0.5}))) ==
@@ -417,7 +417,7 @@ TEST_CASE("mask_ignored_latents refuses latents of other positions", "[vae][opti
   CHECK(error(eighths({4, 3})) == positions + "[2, 2], got shape [4, 3]");
   CHECK(error(eighths({2, 1, 3})) == positions + "[2, 2], got shape [2, 1, 3]");
   CHECK(error(eighths({2, 2, 3}), KLDivergenceOptions().token_weight(torch::ones({2}))) ==
-        "compute_vae_loss: kl().token_weight must have one value for each position, shape [2, 2], got [2]");
+        "compute_kl_divergence: token_weight must have one value for each position, shape [2, 2], got [2]");
   CHECK(error(eighths({2, 2, 3}), KLDivergenceOptions().token_weight(torch::full({2, 2}, -1.0))) ==
         "compute_kl_divergence: token_weight must be finite and >= 0, got -1 at index 0");
 }
@@ -437,5 +437,5 @@ TEST_CASE("Both terms are reduced, or neither", "[vae][options][errors]") {
   CHECK(error(torch::kSum, torch::kMean, z_logits) == "");
   CHECK(error(torch::kNone, torch::kNone, z_logits) == "");
   CHECK(error(torch::kNone, torch::kNone, z_logits.slice(0, 0, 1)) ==
-        "compute_vae_loss: z_logits must have the positions of the targets with kNone, [2, 3], got [1, 3]");
+        "compute_vae_loss: z_logits must have the positions of the targets with kNone, [2, 3], got shape [1, 3, 4]");
 }

@@ -639,3 +639,44 @@ TEST_CASE("A fused head without gradient holds one block", "[linear][memory]") {
   CHECK(peak_of([&] { compute_reconstruction_loss(head.fused(block), targets); }) <= block + positions * 512);
   CHECK(peak_of([&] { compute_token_statistics(head.fused(block), targets); }) <= block + positions * 512);
 }
+
+TEST_CASE("Inputs of different types below float64 mix, each with a gradient of its own type", "[linear][half]") {
+  const std::vector<torch::ScalarType> types{torch::kFloat, torch::kBFloat16, torch::kHalf};
+  constexpr int64_t positions = 24, width = 16, classes = 51;
+  torch::manual_seed(5);
+  const Head exact = random_head({positions}, width, classes, true, torch::kHalf);
+  const Tensor targets = some_targets({positions}, classes);
+  for (const auto of_hidden : types) {
+    for (const auto of_weight : types) {
+      for (const auto of_bias : types) {
+        INFO(of_hidden << " x " << of_weight << " + " << of_bias);
+        const Head mixed{leaf(exact.hidden.to(of_hidden)), leaf(exact.weight.to(of_weight)),
+                         leaf(exact.bias.to(of_bias))};
+        const Head wide = mixed.leaves(torch::kDouble);
+        const Tensor loss = compute_reconstruction_loss(mixed.fused(bytes_of(7, mixed)), targets);
+        const Tensor expected = compute_reconstruction_loss(wide.dense(), targets);
+        loss.backward();
+        expected.backward();
+        CHECK(loss.scalar_type() == torch::kFloat);
+        CHECK(difference(loss, expected, 20 * epsilon(torch::kFloat), 1) == "");
+        for (size_t index = 0; index < 3; ++index) {
+          const Tensor found = mixed.inputs()[index].grad(), right = wide.inputs()[index].grad();
+          CHECK(found.scalar_type() == mixed.inputs()[index].scalar_type());
+          // sums of at most 51 products of numbers below 1, each of half a step of float32
+          CHECK(difference(found, right, 64 * epsilon(torch::kFloat), 0.05) == "");
+        }
+        const auto statistics = compute_token_statistics(mixed.fused(), targets);
+        CHECK(difference(statistics.log_sum_exp, wide.dense().logsumexp(-1), 20 * epsilon(torch::kFloat), 1) == "");
+      }
+    }
+  }
+}
+
+TEST_CASE("A float32 head beside a bfloat16 hidden is not copied", "[linear][memory]") {
+  constexpr int64_t positions = 64, width = 256, classes = 32768;
+  const Head head{torch::ones({positions, width}, torch::kBFloat16), torch::ones({classes, width}), {}};
+  const int64_t block = bytes_of(8, head);
+  const int64_t peak =
+      peak_of([&] { compute_reconstruction_loss(head.fused(block), some_targets({positions}, classes)); });
+  CHECK(peak <= block + 512 * positions + 4 * positions * width);
+}

@@ -176,3 +176,20 @@ TEST_CASE("An unknown metric and metrics that cannot be joined are refused", "[m
         "[16] and "
         "[28], hinge on the batch mean 0 and 0, accuracy 0 and 0");
 }
+
+TEST_CASE("The z-loss is shown apart where there is one, and joins", "[metrics]") {
+  const Batch batch(9);
+  const auto metrics = [&](double z_loss) {
+    return compute_vae_loss(batch.logits, batch.targets, batch.z_logits,
+                            VAELossOptions().latent_dim(4).reconstruction(ReconstructionLossOptions().z_loss(z_loss)))
+        .metrics;
+  };
+  CHECK(metrics(0).size() == names.size());
+  const Tensor lse = batch.logits.logsumexp(-1).masked_select(batch.targets != -100);
+  const double expected = 0.25 * lse.square().mean().item<double>();
+  const LossMetrics with = metrics(0.25);
+  CHECK_THAT(with.at("loss/z_loss"), Catch::Matchers::WithinRel(expected, 1e-13));
+  CHECK_THAT(with.at("loss/reconstruction"),
+             Catch::Matchers::WithinRel(metrics(0).at("loss/reconstruction") + expected, 1e-13));
+  CHECK_THAT((metrics(0) + with).at("loss/z_loss"), Catch::Matchers::WithinRel(expected / 2, 1e-13));
+}

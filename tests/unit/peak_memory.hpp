@@ -18,6 +18,7 @@ class Memory : public c10::MemoryReportingInfoBase {
   void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) { count(size); }
   bool memoryProfilingEnabled() const override { return true; }
   int64_t peak() const { return peak_; }
+  int64_t now() const { return now_; }
 
  private:
   void count(int64_t size) { peak_ = std::max(peak_, now_ += size); }

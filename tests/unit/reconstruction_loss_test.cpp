@@ -387,16 +387,16 @@ TEST_CASE("A source of logits of one's own is found in its namespace, and gets i
 TEST_CASE("On a device whose values are not read, a target out of range makes the loss NaN", "[reconstruction]") {
   const Tensor logits = eighths({3, 6});
   for (const int64_t wrong : {6, -1, -100}) {
-    free_transformer::detail::CrossEntropyTerms terms;
-    terms.targets = tensor(std::vector<int64_t>{5, wrong, 0}, {3});
-    terms.ignore_index = 2;
-    free_transformer::detail::CrossEntropyState state, state_of_each;
-    state.terms = state_of_each.terms = terms;
-    const auto result = plain_cross_entropy_forward(logits, {}, /*count_hits=*/false, state);
+    free_transformer::detail::CrossEntropySettings settings;
+    settings.targets = tensor(std::vector<int64_t>{5, wrong, 0}, {3});
+    settings.ignore_index = 2;
+    free_transformer::detail::CrossEntropyPass pass, pass_of_each;
+    pass.settings = pass_of_each.settings = settings;
+    const auto result = plain_cross_entropy_forward(logits, {}, /*count_hits=*/false, pass);
     CHECK(std::isnan(result.loss.item<double>()));
-    CHECK(cross_entropy_gradient(logits, state, torch::ones({}, torch::kDouble)).isnan().all().item<bool>());
+    CHECK(cross_entropy_gradient(logits, pass, torch::ones({}, torch::kDouble)).isnan().all().item<bool>());
     const auto each = plain_cross_entropy_forward(logits, {free_transformer::detail::ReductionKind::none, {}, {}},
-                                                  /*count_hits=*/false, state_of_each);
+                                                  /*count_hits=*/false, pass_of_each);
     CHECK(values(each.loss.isnan()) == std::vector<double>{0, 1, 0});
   }
 }

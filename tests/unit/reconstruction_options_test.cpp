@@ -432,10 +432,10 @@ TEST_CASE("Settings of the reconstruction loss that are out of range are refused
           std::string("normalizer must be finite and > 0, got ") + text);
   }
   CHECK(error(with().normalizer(0)) == "normalizer must be finite and > 0, got 0");
-  CHECK(error(with().normalizer(torch::ones({1}))) ==
-        "normalizer must be a number or a real 0-dim tensor, got shape [1] of type Float");
+  CHECK(error(with().normalizer(torch::ones({2}))) ==
+        "normalizer must be a number or a real tensor of one element, got shape [2] of type Float");
   CHECK(error(with().normalizer(torch::ones({}, torch::kComplexFloat))) ==
-        "normalizer must be a number or a real 0-dim tensor, got shape [] of type ComplexFloat");
+        "normalizer must be a number or a real tensor of one element, got shape [] of type ComplexFloat");
   CHECK(error(with().normalizer(Tensor())) == "normalizer must be a number or a defined tensor, got an undefined one");
   CHECK(error(with().normalizer(torch::ones({}).requires_grad_())) ==
         "normalizer must not require grad (it gets none; detach it), got requires_grad = true");

@@ -194,3 +194,84 @@ TEST_CASE("Reading a value is noticed by the test above", "[device]") {
   CHECK(std::any_of(read.begin(), read.end(), reads_a_value));
   CHECK_THROWS_AS(torch::empty({}, torch::kMeta).item<double>(), std::exception);
 }
+
+TEST_CASE("A backward pass lets go of all that was saved, though the loss lives on", "[memory]") {
+  const Tensor targets = torch::zeros({512}, torch::kLong), weight = torch::ones({512});
+  const Tensor probabilities = torch::full({512, 64}, 1.0 / 64), vocabulary = torch::ones({64, 16});
+  struct Held {
+    Tensor loss, input;
+  };
+  const std::vector<std::pair<const char*, std::function<Held()>>> losses{
+      {"kernel",
+       [&] {
+         const Tensor x = leaf(torch::zeros({512, 64}));
+         return Held{compute_reconstruction_loss(x, targets, ReconstructionLossOptions().token_weight(weight)), x};
+       }},
+      {"operations",
+       [&] {
+         const Tensor x = leaf(torch::zeros({64, 512}).t());
+         return Held{compute_reconstruction_loss(x, targets, ReconstructionLossOptions().token_weight(weight)), x};
+       }},
+      {"probabilities",
+       [&] {
+         const Tensor x = leaf(torch::zeros({512, 64}));
+         return Held{compute_reconstruction_loss(x, probabilities.clone()), x};
+       }},
+      {"in place",
+       [&] {
+         const Tensor x = leaf(torch::zeros({512, 64}, torch::kHalf));
+         return Held{compute_reconstruction_loss(x * 1, targets, ReconstructionLossOptions().inplace(true)), x};
+       }},
+      {"head",
+       [&] {
+         const Tensor x = leaf(torch::zeros({512, 16}));
+         return Held{compute_reconstruction_loss(LinearLogits(x, vocabulary), targets), x};
+       }},
+      {"latent kernel",
+       [&] {
+         const Tensor x = leaf(torch::zeros({512, 16}));
+         return Held{compute_kl_divergence(x, KLDivergenceOptions().token_weight(weight)), x};
+       }},
+      {"latent operations", [&] {
+         const Tensor x = leaf(torch::zeros({512, 16}, torch::kDouble));
+         return Held{compute_kl_divergence(x, KLDivergenceOptions().token_weight(weight)), x};
+       }}};
+  for (const auto& [name, make] : losses) {
+    INFO(name);
+    const auto memory = std::make_shared<Memory>();
+    const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, memory);
+    auto [loss, input] = make();
+    const int64_t before = memory->now();
+    loss.backward();
+    input.mutable_grad().reset();
+    const int64_t of_input = input.numel() * static_cast<int64_t>(input.element_size());  // the graph's leaf
+    CHECK(before > of_input + 2048);
+    CHECK(memory->now() <= of_input + 64);  // and the loss itself
+    CHECK(loss.defined());
+  }
+}
+
+TEST_CASE("A gradient holds the memory of its own type and no more", "[memory][half]") {
+  const auto bytes_of_storage = [](const Tensor& tensor) { return static_cast<int64_t>(tensor.storage().nbytes()); };
+  const Tensor targets = torch::arange(12) % 7;
+  for (const auto type : all_types) {
+    for (const int64_t classes : {7, 8}) {
+      for (const int64_t width : {5, 6}) {
+        for (const double scale : {1.0, 3.0}) {
+          INFO(type << ", " << classes << " classes, width " << width << ", upstream " << scale);
+          const Tensor hidden = leaf(eighths({12, width}, type)), weight = leaf(eighths({classes, width}, type));
+          const Tensor bias = leaf(eighths({classes}, type)), logits = leaf(eighths({12, classes}, type));
+          (compute_reconstruction_loss(LinearLogits(hidden, weight, bias), targets) * scale).backward();
+          (compute_reconstruction_loss(logits, targets) * scale).backward();
+          const Tensor z_logits = leaf(eighths({12, 16}, type)), prior = leaf(eighths({16}, type));
+          (compute_kl_divergence(z_logits) * scale).backward();
+          (compute_kl_divergence(z_logits, KLDivergenceOptions().prior_logits(prior)) * scale).backward();
+          for (const Tensor& input : {hidden, weight, bias, logits, z_logits, prior}) {
+            CHECK(input.grad().scalar_type() == type);
+            CHECK(bytes_of_storage(input.grad()) == input.numel() * static_cast<int64_t>(input.element_size()));
+          }
+        }
+      }
+    }
+  }
+}

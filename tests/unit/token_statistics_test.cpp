@@ -33,8 +33,8 @@ struct Example {
 };
 
 std::vector<Tensor> fields(const TokenStatistics& statistics) {
-  return {statistics.loss, statistics.log_sum_exp, statistics.target_log_probability, statistics.prediction,
-          statistics.hit};
+  return {statistics.loss,       statistics.log_sum_exp, statistics.target_log_probability,
+          statistics.prediction, statistics.hit,         statistics.entropy};
 }
 
 }  // namespace
@@ -68,14 +68,17 @@ TEST_CASE("Every statistic of a token is what its definition says", "[statistics
             CHECK(same_bits(found.loss, losses));
             CHECK(difference(found.log_sum_exp, x.logsumexp(-1).masked_fill(none, 0), relative, also) == "");
             CHECK(difference(found.target_log_probability, of_target.masked_fill(none, 0), relative, also) == "");
-            CHECK(same_bits(found.prediction, exact.argmax(-1).masked_fill(none, 0)));
+            CHECK(same_bits(found.prediction, exact.argmax(-1).masked_fill(none, -1)));
+            CHECK(difference(found.entropy, -(log_p.exp() * log_p).sum(-1).masked_fill(none, 0), relative, also) == "");
+            CHECK(found.entropy.scalar_type() == arithmetic(type));
             CHECK(same_bits(found.hit, (exact.argmax(-1) == wanted) & counts));
             CHECK(found.loss.scalar_type() == arithmetic(type));
             CHECK(found.log_sum_exp.scalar_type() == arithmetic(type));
             CHECK(found.target_log_probability.scalar_type() == arithmetic(type));
             for (const Tensor& field : fields(found)) {
               CHECK(field.sizes() == torch::IntArrayRef({2, 3}));
-              CHECK(field.masked_select(none).count_nonzero().item<int64_t>() == 0);
+              const int64_t left_out = field.scalar_type() == torch::kLong ? -1 : 0;
+              CHECK((field.masked_select(none) == left_out).all().item<bool>());
             }
           }
         }
@@ -187,8 +190,8 @@ TEST_CASE("metrics/accuracy is there only when asked for, and is the share of hi
                 .metrics;
           };
           const LossMetrics without = metrics(false), with = metrics(true);
-          CHECK(without.size() == 10);
-          CHECK(with.size() == 11);
+          CHECK(without.size() == (with_options ? 11 : 10));  // the options have a z-loss
+          CHECK(with.size() == without.size() + 1);
           CHECK_THAT(error_of([&] { without.at("metrics/accuracy"); }),
                      Catch::Matchers::EndsWith("got metrics/accuracy"));
           for (const auto& [name, value] : without) CHECK(value == with.at(name));
@@ -215,4 +218,19 @@ TEST_CASE("Metrics with and without accuracy are not joined", "[statistics][metr
         "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of "
         "[15] and "
         "[15], hinge on the batch mean 0 and 0, accuracy 1 and 0");
+}
+
+TEST_CASE("The entropy of a confident prediction keeps its digits, and impossible classes have none", "[statistics]") {
+  // p = (1, s, s)/(1 + 2s) with s = exp(-40): entropy = log1p(2s) + 2s 40/(1 + 2s)
+  const double s = std::exp(-40.0), confident = std::log1p(2 * s) + 80 * s / (1 + 2 * s);
+  for (const auto type : {torch::kDouble, torch::kFloat}) {
+    for (const bool strided : {false, true}) {
+      Tensor logits = torch::tensor({{40.0, 0.0, 0.0}, {0.0, -reference::inf, 0.0}, {not_a_number, 0.0, 0.0}}, type);
+      if (strided) logits = with_strided_classes(logits);
+      const Tensor found = compute_token_statistics(logits, torch::zeros({3}, torch::kLong)).entropy;
+      const auto exact = std::vector<double>{confident, std::log(2.0)};
+      CHECK(difference(found.slice(0, 0, 2), exact, steps * epsilon(type)) == "");
+      CHECK(std::isnan(found[2].item<double>()));
+    }
+  }
 }

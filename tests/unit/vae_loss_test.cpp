@@ -204,3 +204,66 @@ TEST_CASE("An empty batch has a loss of 0 with a graph", "[vae][gradient]") {
     CHECK(value == (name == "metrics/perplexity" ? 1 : 0));
   }
 }
+
+TEST_CASE("Logits given inplace are untouched whatever of the other term is refused", "[vae][inplace][errors]") {
+  const Tensor values = eighths({3, 4, 9}, torch::kFloat), labels = torch::zeros({3, 4}, torch::kLong);
+  const Tensor good = eighths({3, 4, 6}, torch::kFloat);
+  using Change = std::function<void(VAELossOptions&, Tensor&)>;
+  const std::vector<Change> bad{
+      [](VAELossOptions&, Tensor& z) { z = Tensor(); },
+      [](VAELossOptions&, Tensor& z) { z = z.to(torch::kLong); },
+      [](VAELossOptions&, Tensor& z) { z = z.to_sparse(); },
+      [](VAELossOptions&, Tensor& z) { z = z.to(torch::kMeta); },
+      [](VAELossOptions&, Tensor& z) { z = z.slice(2, 0, 5); },
+      [](VAELossOptions& options, Tensor& z) {
+        options.mask_ignored_latents(true);
+        z = z.slice(1, 0, 3);
+      },
+      [](VAELossOptions& options, Tensor& z) {
+        options.reconstruction().reduction(torch::kNone);
+        options.kl().reduction(torch::kNone);
+        z = z.slice(1, 0, 3);
+      },
+      [](VAELossOptions& options, Tensor&) { options.kl().reduction(torch::kNone); },
+      [](VAELossOptions& options, Tensor&) { options.beta_kl(-1); },
+      [](VAELossOptions& options, Tensor&) { options.beta_kl(not_a_number); },
+      [](VAELossOptions& options, Tensor&) { options.free_bits(-1); },
+      [](VAELossOptions& options, Tensor&) { options.latent_dim(0); },
+      [](VAELossOptions& options, Tensor&) { options.kl().token_weight(torch::ones({3})); },
+      [](VAELossOptions& options, Tensor&) {
+        options.kl().token_weight(torch::full({3, 4}, -1.0));
+      },
+      [](VAELossOptions& options, Tensor&) { options.kl().prior_logits(torch::zeros({5})); },
+      [](VAELossOptions& options, Tensor&) { options.kl().normalizer(0.0); },
+      [](VAELossOptions& options, Tensor&) { options.kl().normalizer(torch::full({}, -1.0)); },
+  };
+  for (size_t index = 0; index < bad.size(); ++index) {
+    INFO("change " << index);
+    auto options = VAELossOptions().latent_dim(6).reconstruction(ReconstructionLossOptions().inplace(true));
+    Tensor z_logits = good;
+    bad[index](options, z_logits);
+    const Tensor logits = leaf(values) * 1;
+    CHECK(error_of([&] { compute_vae_loss(logits, labels, z_logits, options); }) != "");
+    CHECK(same_bits(logits, values));
+  }
+}
+
+TEST_CASE("A mask compares targets of every integer type as the numbers that they are", "[vae][targets]") {
+  const std::vector<torch::ScalarType> types{torch::kByte, torch::kChar, torch::kShort, torch::kInt, torch::kLong};
+  const Tensor values = torch::arange(256), z = eighths({256, 4}) / 4;
+  for (const auto type : types) {
+    for (const int64_t ignore_index : {-100, 156, 255, -1, 300, -356}) {
+      const Tensor exact = values.remainder(type == torch::kChar ? 128 : 256), labels = exact.to(type);
+      INFO(type << ", ignore_index " << ignore_index);
+      const Tensor logits = eighths({256, 256}), counts = exact != ignore_index;
+      const auto options = VAELossOptions().latent_dim(4).free_bits(0).ignore_index(ignore_index);
+      const auto [loss, metrics] =
+          compute_vae_loss(logits, labels, z, VAELossOptions(options).mask_ignored_latents(true));
+      const double expected =
+          compute_kl_divergence(z, KLDivergenceOptions(options.kl()).token_weight(counts)).item<double>();
+      CHECK_THAT(metrics.at("loss/kl"), Catch::Matchers::WithinRel(expected, 1e-13));
+      CHECK(same_bits(compute_reconstruction_loss(logits, labels, ignore_index),
+                      compute_reconstruction_loss(logits, exact, ignore_index)));
+    }
+  }
+}

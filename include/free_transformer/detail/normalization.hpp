@@ -1,11 +1,13 @@
-/// What a sum of weighted losses is divided by.
+/// The factor from a sum of weighted losses to the final value.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#include <optional>
+#include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/numbers.hpp"
+#include "free_transformer/detail/settings.hpp"
 
-namespace free_transformer::detail {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 /// A 0-dim tensor of float32 or float64 on the CPU as a number.
 inline double host_value(const at::Tensor& scalar) {
@@ -13,31 +15,25 @@ inline double host_value(const at::Tensor& scalar) {
                                              : static_cast<double>(*scalar.data_ptr<float>());
 }
 
-enum class ReductionKind { mean, sum, none };
-
-struct Normalization {
-  ReductionKind reduction = ReductionKind::mean;
-  std::optional<double> number;
-  std::optional<at::Tensor> tensor;
-};
-
 /// The factor of every weighted loss, 0-dim and in the type of weight_sum: 1/normalizer or 1/weight_sum for a mean,
-/// else 1. It is 0 if there is no weight at all, so that a mean over nothing is 0 and not NaN.
-inline at::Tensor loss_scale(const Normalization& normalization, const at::Tensor& weight_sum) {
+/// else 1. weight_sum is what a mean divides by if no normalizer is given, `counted` the weight of all that counts. A mean of
+/// nothing is 0 and not NaN; a normalizer of 0 for something that counts is a division by 0.
+inline at::Tensor loss_scale(const Normalization& normalization, const at::Tensor& weight_sum,
+                             const at::Tensor& counted) {
   if (normalization.reduction != ReductionKind::mean) return at::ones_like(weight_sum);
   if (normalization.number) return at::full_like(weight_sum, 1.0 / *normalization.number);
-  if (normalization.tensor) {
-    return normalization.tensor->detach().to(weight_sum.device(), weight_sum.scalar_type()).reciprocal();
-  }
-  return weight_sum.reciprocal().masked_fill_(weight_sum == 0, 0);
+  if (!normalization.tensor.defined()) return weight_sum.reciprocal().masked_fill_(weight_sum == 0, 0);
+  const at::Tensor divisor = normalization.tensor.to(weight_sum.device(), weight_sum.scalar_type());
+  return divisor.reciprocal().masked_fill_((divisor == 0) & (counted == 0), 0);
 }
 
-/// The same for a sum that is already on the host.
-inline double loss_scale(const Normalization& normalization, double weight_sum) {
+/// The same for sums that are already on the host.
+inline double loss_scale(const Normalization& normalization, double weight_sum, double counted) {
   if (normalization.reduction != ReductionKind::mean) return 1;
   if (normalization.number) return 1 / *normalization.number;
-  if (normalization.tensor) return 1 / host_value(normalization.tensor->detach().to(at::kCPU, at::kDouble));
-  return weight_sum == 0 ? 0 : 1 / weight_sum;
+  if (!normalization.tensor.defined()) return is_zero(weight_sum) ? 0 : 1 / weight_sum;
+  const double divisor = host_value(normalization.tensor.to(at::kCPU, at::kDouble));
+  return is_zero(divisor) && is_zero(counted) ? 0 : 1 / divisor;
 }
 
-}  // namespace free_transformer::detail
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

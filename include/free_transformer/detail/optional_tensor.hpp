@@ -4,7 +4,9 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-namespace free_transformer::detail {
+#include "free_transformer/detail/compilation.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 using OptionalTensor = torch::autograd::optional_variable_list::value_type;
 
@@ -12,4 +14,4 @@ inline OptionalTensor optional_tensor(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
 }
 
-}  // namespace free_transformer::detail
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

@@ -9,5 +9,5 @@ rm -rf "$folder"
 mkdir -p "$folder"
 cp -r "$here/../../../include" "$here/../main.cpp" "$folder"
 cd "$folder"
-"$compiler" -Wall -Wextra -Wpedantic -Wconversion -Werror -I include main.cpp -o consumer "${libtorch[@]}" -ltorch_cpu -lc10
+"$compiler" -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wfloat-equal -Werror -I include main.cpp -o consumer "${libtorch[@]}" -ltorch_cpu -lc10
 ./consumer

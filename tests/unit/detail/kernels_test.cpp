@@ -15,9 +15,9 @@ struct Job {
   Tensor logits, targets, token_weight, class_weight;
   double label_smoothing = 0, z_loss = 0, softcap = 0;
 
-  losses::CrossEntropyTerms terms(torch::ScalarType type) const {
+  losses::CrossEntropySettings settings(torch::ScalarType type) const {
     const auto as = [&](const Tensor& tensor) { return tensor.defined() ? tensor.to(type) : tensor; };
-    losses::CrossEntropyTerms result;
+    losses::CrossEntropySettings result;
     result.targets = targets;
     result.token_weight = as(token_weight);
     result.class_weight = as(class_weight);
@@ -34,29 +34,29 @@ struct Outcome {
 
 /// Loss of each position and gradient of their mean, by the kernels; `gradient` is where the kernel is to write.
 Outcome by_kernel(const Job& job, const Tensor& gradient) {
-  const auto terms = job.terms(arithmetic(job.logits.scalar_type()));
-  REQUIRE(kernels::takes_cross_entropy(job.logits, terms));
+  const auto settings = job.settings(arithmetic(job.logits.scalar_type()));
+  REQUIRE(kernels::takes_cross_entropy(job.logits, settings));
   const auto scales =
-      kernels::cross_entropy_scales(terms, losses::Normalization{}, arithmetic(job.logits.scalar_type()));
-  const auto rows = kernels::cross_entropy_rows(job.logits, terms, scales, gradient, {}, /*predict=*/false);
-  return {kernels::cross_entropy_losses(rows, terms), gradient};
+      kernels::cross_entropy_scales(settings, losses::Normalization{}, arithmetic(job.logits.scalar_type()));
+  const auto rows = kernels::cross_entropy_rows(job.logits, settings, scales, gradient, {}, {});
+  return {kernels::cross_entropy_losses(rows, settings), gradient};
 }
 
 /// The same in LibTorch operations in float64 on the same numbers.
 Outcome by_operations(const Job& job) {
   const Tensor logits = job.logits.to(torch::kDouble);
-  const auto terms = job.terms(torch::kDouble);
-  const auto positions = plain::cross_entropy_positions(terms, logits.size(-1), torch::kDouble);
-  const auto rows = plain::cross_entropy_rows(logits, terms, positions);
-  const auto losses = plain::cross_entropy_losses(rows, terms, positions);
+  const auto settings = job.settings(torch::kDouble);
+  const auto positions = plain::cross_entropy_positions(settings, logits.size(-1), torch::kDouble);
+  const auto rows = plain::cross_entropy_rows(logits, settings, positions, /*with_entropy=*/false);
+  const auto losses = plain::cross_entropy_losses(rows, settings, positions);
   const Tensor weight = positions.token_weight * positions.target_weight;
   const Tensor scale = weight.sum().reciprocal(), z_scale = positions.token_weight.sum().reciprocal();
   return {losses.z.defined() ? losses.likelihood + losses.z : losses.likelihood,
-          plain::cross_entropy_gradient(logits, terms, positions, rows, scale, z_scale)};
+          plain::cross_entropy_gradient(logits, settings, positions, rows, scale, z_scale)};
 }
 
 /// A float32 row: 1.2 for exp, 4 for at most 16 additions in each of 4 x lanes sums and their tree, 1 for the largest
-/// of the two parts of a loss; a gradient has 1 more for its factor and product. Sums of terms of both signs
+/// of the two parts of a loss; a gradient has 1 more for its factor and product. Sums of settings of both signs
 /// (smoothing, z-loss) are measured by the size of their parts, hence `also`.
 constexpr double steps = 10;
 
@@ -367,5 +367,25 @@ TEST_CASE("The kernels' bits do not depend on the number of threads", "[kernels]
       const auto many = run(threads);
       for (size_t index = 0; index < one.size(); ++index) CHECK(same_bits(one[index], many[index]));
     }
+  }
+}
+
+TEST_CASE("Subnormal half numbers keep their value while the processor flushes float32's to zero", "[kernels][half]") {
+  // every float16 below 2^-14, whose KL z^2/8 and its gradient z/4 are normal in float32
+  const Tensor z = torch::arange(1, 1024, torch::kInt).to(torch::kShort).view(torch::kHalf).unsqueeze(1);
+  const Tensor wide = z.to(torch::kDouble).squeeze(1);
+  for (const auto set : available_instruction_sets()) {
+    const Forced forced(set);
+    REQUIRE(at::globalContext().setFlushDenormal(true));
+    const Tensor input = leaf(z);
+    const Tensor kl =
+        compute_kl_divergence(input, KLDivergenceOptions().latent_dim(1).free_bits(0).reduction(torch::kNone));
+    const Tensor slope = gradient((kl * 65536).sum(), input);
+    const Tensor logits = torch::cat({z, torch::zeros_like(z)}, 1);
+    const Tensor of_logits = compute_token_statistics(logits, torch::zeros({1023}, torch::kLong)).log_sum_exp;
+    at::globalContext().setFlushDenormal(false);
+    CHECK(difference(kl, wide.square() / 8, 4 * epsilon(torch::kFloat)) == "");
+    CHECK(difference(slope.squeeze(1), wide / 4 * 65536, 4 * epsilon(torch::kFloat)) == "");
+    CHECK(difference(of_logits - std::log(2.0), wide / 2, 4 * epsilon(torch::kFloat), 1) == "");
   }
 }

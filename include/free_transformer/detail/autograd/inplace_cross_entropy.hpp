@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/custom_class.h>
@@ -14,16 +15,31 @@
 #include <utility>
 
 #include "free_transformer/detail/autograd/cross_entropy.hpp"
+#include "free_transformer/detail/autograd/overwritten_logits.hpp"
+#include "free_transformer/detail/checks/memory.hpp"
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 
-namespace free_transformer::detail {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL {
+
+/// The tensor that the caller holds, as long as it lives.
+using CallersTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
 
 struct InplaceState : torch::CustomClassHolder {
-  CrossEntropyState of_loss;
+  CrossEntropyPass pass;
   at::Tensor logits;    ///< their memory, until backward hands it out as the gradient
   int64_t version = 0;  ///< of that memory, after forward
   bool holds_gradient = false;
+  CallersTensor callers_logits{c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
 };
+
+/// A gradient that the caller has asked to keep would never come: the graph ends where the logits are written over.
+inline void check_retains_no_grad(const char* function, const at::Tensor& logits) {
+  const bool retains = logits.retains_grad() || (logits.is_view() && logits._base().retains_grad());
+  TORCH_CHECK(!retains, function,
+              ": logits must not retain_grad() (nor what they are a view of) with inplace: the gradient is where the ",
+              "logits were");
+}
 
 inline void check_may_be_overwritten(const char* function, const at::Tensor& logits) {
   const bool is_leaf =
@@ -35,10 +51,10 @@ inline void check_may_be_overwritten(const char* function, const at::Tensor& log
                                        torch::autograd::CreationMeta::DEFAULT,
               function, ": logits must not be one of several outputs of an operation (chunk, unbind), or a view that ",
               "was made without grad mode, with inplace: autograd cannot follow a change of it");
-  for (int64_t dim = 0; dim < logits.dim(); ++dim) {
-    TORCH_CHECK(logits.stride(dim) != 0 || logits.size(dim) <= 1, function,
-                ": logits must not be expanded with inplace, got strides ", logits.strides());
-  }
+  TORCH_CHECK(elements_lie_apart(logits), function,
+              ": logits must not share memory among their own elements (expand, unfold, as_strided) with inplace, got ",
+              "shape ", logits.sizes(), " of strides ", logits.strides());
+  check_retains_no_grad(function, logits);
 }
 
 /// The node of the loss, on top of the history that the logits have had so far. Its value is filled in later.
@@ -58,10 +74,12 @@ struct InplaceCrossEntropyFunction : torch::autograd::Function<InplaceCrossEntro
     TORCH_CHECK(state.logits.defined(), function, ": inplace must be false for a second backward");
     TORCH_CHECK(static_cast<int64_t>(state.logits._version()) == state.version, function,
                 ": logits were changed after inplace had overwritten them with their gradient");
+    if (auto logits = state.callers_logits.lock()) check_retains_no_grad(function, at::Tensor(std::move(logits)));
     const at::Tensor gradient = std::exchange(state.logits, at::Tensor());
+    const CrossEntropyPass pass = std::exchange(state.pass, CrossEntropyPass());
     if (!state.holds_gradient) {
-      write_cross_entropy_gradient(gradient, state.of_loss, upstream[0], gradient);
-    } else if (host_value(upstream[0]) != 1) {
+      write_cross_entropy_gradient(gradient, pass, upstream[0], gradient);
+    } else if (!is_one(host_value(upstream[0]))) {
       for_each_row_block(gradient, 0, [&](at::Tensor block, int64_t) {
         block.copy_(block.to(upstream[0].scalar_type()).mul_(upstream[0]));
       });
@@ -85,25 +103,33 @@ struct OverwrittenFunction : torch::autograd::Function<OverwrittenFunction> {
 };
 
 /// Dense logits: over the logits if that is asked for and possible, else into fresh memory.
-inline CrossEntropyResult cross_entropy(const char* function, const at::Tensor& logits, const CrossEntropyTerms& terms,
-                                        const Normalization& normalization, bool count_hits, bool inplace) {
+inline CrossEntropyResult cross_entropy(const char* function, const at::Tensor& logits,
+                                        const CrossEntropySettings& settings, const Normalization& normalization,
+                                        bool count_hits, bool inplace) {
   const bool overwrites = inplace && at::GradMode::is_enabled() && logits.requires_grad() &&
-                          normalization.reduction != ReductionKind::none && kernels::takes_cross_entropy(logits, terms);
-  if (!overwrites) return cross_entropy(logits, terms, normalization, count_hits);
+                          normalization.reduction != ReductionKind::none &&
+                          kernels::takes_cross_entropy(logits, settings);
+  if (!overwrites) return cross_entropy(logits, settings, normalization, count_hits);
   check_may_be_overwritten(function, logits);
+  check_not_overwritten(function, "targets", settings.targets, logits);
+  check_not_overwritten(function, "token_weight", settings.token_weight, logits);
+  check_not_overwritten(function, "weight", settings.class_weight, logits);
   const auto state = c10::make_intrusive<InplaceState>();
   const at::Tensor loss = InplaceCrossEntropyFunction::apply(logits, state);
   OverwrittenFunction::apply(logits);  // before the first write: autograd may refuse
   const at::NoGradGuard no_grad;
   // float16 would underflow before a gradient scaler's factor arrives, which backward knows
   state->holds_gradient = logits.scalar_type() != at::kHalf;
-  state->of_loss.terms = state->holds_gradient ? terms : kept_terms(terms);
+  state->pass.settings = state->holds_gradient ? settings : kept_settings(settings);
   state->logits = logits.detach();
   state->version = static_cast<int64_t>(logits._version());
+  state->callers_logits = CallersTensor(logits.getIntrusivePtr());
+  if (state->holds_gradient) OverwrittenLogits::instance().add(state->logits);
   auto result = kernel_cross_entropy_forward(state->logits, normalization, count_hits,
-                                             state->holds_gradient ? state->logits : at::Tensor(), state->of_loss);
+                                             state->holds_gradient ? state->logits : at::Tensor(), state->pass);
   loss.detach().copy_(result.loss);
+  if (state->holds_gradient) state->pass.release();
   return {loss, result.sums};
 }
 
-}  // namespace free_transformer::detail
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

@@ -11,161 +11,185 @@
 
 #include <utility>
 
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/kernels/latent_kl_of_tensors.hpp"
-#include "free_transformer/detail/latent_terms.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/optional_tensor.hpp"
 #include "free_transformer/detail/plain/latent_kl.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 
-namespace free_transformer::detail {
-
-struct LatentState : torch::CustomClassHolder {
-  LatentTerms terms;
-  Normalization normalization;
-  at::Tensor scale;     ///< 0-dim, what every penalty is multiplied by
-  at::Tensor mean_kl;   ///< 0-dim, of the batch
-  at::Tensor gradient;  ///< what forward has finished, until backward hands it out
-  bool by_kernel = false;
-};
+namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 struct LatentResult {
   at::Tensor loss;
   at::Tensor sums;  ///< see `LatentSum`
 };
 
+/// What forward leaves for backward.
+struct LatentPass {
+  LatentSettings settings;
+  Normalization normalization;
+  at::Tensor scale;     ///< 0-dim, what every penalty is multiplied by
+  at::Tensor mean_kl;   ///< 0-dim, of the batch
+  at::Tensor gradient;  ///< what forward has finished, until backward hands it out
+  bool by_kernel = false;
+
+  /// All tensors but the gradient, for the graph to keep; `restore` puts them back.
+  torch::autograd::variable_list tensors() const {
+    return {settings.token_weight, settings.prior_logits, scale, mean_kl};
+  }
+  void restore(const at::Tensor* saved) {
+    for (at::Tensor* tensor : {&settings.token_weight, &settings.prior_logits, &scale, &mean_kl}) *tensor = *saved++;
+  }
+};
+
 template <typename FreeBits>
-LatentResult kernel_latent_kl_forward(const at::Tensor& z_logits, bool needs_gradient, LatentState& state) {
-  const bool for_each = state.normalization.reduction == ReductionKind::none;
-  const double scale = loss_scale(state.normalization, kernels::latent_weight(z_logits, state.terms));
-  auto rows = kernels::latent_rows(*kernels::hinge_of<FreeBits>, z_logits, state.terms, scale, /*upstream=*/{},
+LatentResult kernel_latent_kl_forward(const at::Tensor& z_logits, bool needs_gradient, LatentPass& pass) {
+  const bool for_each = pass.normalization.reduction == ReductionKind::none;
+  const double weight = kernels::latent_weight(z_logits, pass.settings);
+  const double scale = loss_scale(pass.normalization, weight, weight);
+  auto rows = kernels::latent_rows(*kernels::hinge_of<FreeBits>, z_logits, pass.settings, scale, /*upstream=*/{},
                                    /*wants_penalty=*/for_each, needs_gradient && !for_each);
-  state.by_kernel = true;
-  state.gradient = rows.gradient;
-  state.scale = at::scalar_tensor(scale, rows.sums.options());
-  state.mean_kl = at::scalar_tensor(kernels::mean_kl(rows), rows.sums.options());
+  pass.by_kernel = true;
+  pass.gradient = rows.gradient;
+  pass.scale = at::scalar_tensor(scale, rows.sums.options());
+  pass.mean_kl = at::scalar_tensor(kernels::mean_kl(rows), rows.sums.options());
   if (for_each) return {rows.penalty.reshape(shape_of_positions(z_logits)), rows.sums};
   const double loss = rows.sums.template data_ptr<double>()[penalty_sum] * scale;
   return {at::scalar_tensor(loss, z_logits.options().dtype(at::kFloat)), rows.sums};
 }
 
 template <typename FreeBits>
-LatentResult plain_latent_kl_forward(const at::Tensor& z_logits, const at::Tensor& prior_logits, LatentState& state) {
-  const auto positions = plain::latent_positions(z_logits, state.terms);
-  auto losses = plain::latent_losses<FreeBits>(z_logits, prior_logits, state.terms, positions,
-                                               state.normalization.reduction == ReductionKind::none);
-  state.mean_kl = losses.mean_kl;
-  state.scale = loss_scale(state.normalization, losses.sums[latent_weight_sum]);
-  const at::Tensor loss = state.normalization.reduction == ReductionKind::none
-                              ? losses.penalty.reshape(shape_of_positions(z_logits))
-                              : losses.sums[penalty_sum] * state.scale;
+LatentResult plain_latent_kl_forward(const at::Tensor& z_logits, LatentPass& pass) {
+  const auto positions = plain::latent_positions(z_logits, pass.settings);
+  const bool for_each = pass.normalization.reduction == ReductionKind::none;
+  auto losses = plain::latent_losses<FreeBits>(z_logits, pass.settings, positions, for_each);
+  pass.mean_kl = losses.mean_kl;
+  const at::Tensor weight = losses.sums[latent_weight_sum];
+  pass.scale = loss_scale(pass.normalization, weight, weight);
+  const at::Tensor loss =
+      for_each ? losses.penalty.reshape(shape_of_positions(z_logits)) : losses.sums[penalty_sum] * pass.scale;
   return {loss.to(arithmetic_type(z_logits.scalar_type())), losses.sums};
 }
 
 template <typename FreeBits>
-LatentResult latent_kl_forward(const at::Tensor& z_logits, const at::Tensor& prior_logits, bool needs_gradient,
-                               LatentState& state) {
+LatentResult latent_kl_forward(const at::Tensor& z_logits, bool needs_gradient, LatentPass& pass) {
   if constexpr (kernels::hinge_of<FreeBits>.has_value()) {
-    if (kernels::takes_latent_kl(z_logits, prior_logits)) {
-      return kernel_latent_kl_forward<FreeBits>(z_logits, needs_gradient, state);
+    if (kernels::takes_latent_kl(z_logits, pass.settings)) {
+      return kernel_latent_kl_forward<FreeBits>(z_logits, needs_gradient, pass);
     }
   }
-  return plain_latent_kl_forward<FreeBits>(z_logits, prior_logits, state);
+  return plain_latent_kl_forward<FreeBits>(z_logits, pass);
 }
 
-/// The gradients to z_logits and prior_logits for `upstream`, 0-dim or [N] in the widest type, without a graph.
+/// The gradients to z_logits and the prior's logits for `upstream`, 0-dim or [N] in the widest type, without a graph.
 template <typename FreeBits>
-plain::LatentGradients latent_kl_gradients(const at::Tensor& z_logits, const at::Tensor& prior_logits,
-                                           LatentState& state, const at::Tensor& upstream) {
+plain::LatentGradients latent_kl_gradients(const at::Tensor& z_logits, LatentPass& pass, const at::Tensor& upstream) {
   if constexpr (kernels::hinge_of<FreeBits>.has_value()) {
-    if (state.gradient.defined()) {
-      const at::Tensor gradient = std::exchange(state.gradient, at::Tensor());
-      if (host_value(upstream) == 1) return {gradient, {}};
+    if (pass.gradient.defined()) {
+      const at::Tensor gradient = std::exchange(pass.gradient, at::Tensor());
+      if (is_one(host_value(upstream))) return {gradient, {}};
       if (gradient.scalar_type() == at::kFloat) return {gradient.mul_(upstream), {}};  // a half one was rounded: anew
     }
-    if (state.by_kernel) {
+    if (pass.by_kernel) {
       const at::Tensor for_each = upstream.expand({z_logits.numel() / z_logits.size(-1)}).contiguous();
       return {
-          kernels::latent_rows(*kernels::hinge_of<FreeBits>, z_logits, state.terms, host_value(state.scale), for_each,
+          kernels::latent_rows(*kernels::hinge_of<FreeBits>, z_logits, pass.settings, host_value(pass.scale), for_each,
                                /*wants_penalty=*/false, /*wants_gradient=*/true)
               .gradient,
           {}};
     }
   }
-  return plain::latent_gradients<FreeBits>(z_logits, prior_logits, state.terms,
-                                           plain::latent_positions(z_logits, state.terms), state.mean_kl,
-                                           upstream * state.scale);
+  return plain::latent_gradients<FreeBits>(z_logits, pass.settings, plain::latent_positions(z_logits, pass.settings),
+                                           pass.mean_kl, upstream * pass.scale);
 }
+
+/// The gradients of the differentiable loss, themselves with a graph. They are taken to aliases of the inputs: upstream
+/// may depend on the inputs, too, and that way is the engine's to go. None for an input that no longer requires one.
+template <typename FreeBits>
+plain::LatentGradients latent_kl_gradients_with_graph(const at::Tensor& z_logits, const LatentPass& pass,
+                                                      const at::Tensor& upstream) {
+  const auto alias = [](const at::Tensor& input) { return input.defined() ? input.view_as(input) : input; };
+  const at::Tensor z = alias(z_logits);
+  LatentSettings settings = pass.settings;
+  settings.prior_logits = alias(settings.prior_logits);
+  torch::autograd::variable_list inputs;
+  for (const at::Tensor& input : {z, settings.prior_logits}) {
+    if (input.defined() && input.requires_grad()) inputs.push_back(input);
+  }
+  if (inputs.empty()) return {};
+  const at::Tensor loss = plain::differentiable_latent_loss<FreeBits>(
+      z, settings, plain::latent_positions(z_logits, settings), pass.mean_kl, upstream * pass.scale);
+  const auto gradients = torch::autograd::grad({loss}, inputs, /*grad_outputs=*/{}, /*retain_graph=*/true,
+                                               /*create_graph=*/true);
+  plain::LatentGradients of_inputs;
+  if (z.requires_grad()) of_inputs.z_logits = gradients.front();
+  if (inputs.size() == 2 || !z.requires_grad()) of_inputs.prior_logits = gradients.back();
+  return of_inputs;
+}
+
+/// A pass that a node of the graph holds. Its tensors are saved variables of the node, which releases those.
+struct HeldLatentPass : torch::CustomClassHolder {
+  LatentPass pass;
+};
 
 template <typename FreeBits>
 struct LatentKLFunction : torch::autograd::Function<LatentKLFunction<FreeBits>> {
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& z_logits,
-                            const OptionalTensor& optional_prior, const LatentTerms& terms,
+                            const OptionalTensor& prior_logits, const LatentSettings& settings,
                             const Normalization& normalization, at::Tensor* sums) {
-    const at::Tensor prior_logits = optional_prior.value_or(at::Tensor());
-    auto state = c10::make_intrusive<LatentState>();
-    state->terms = terms;
-    if (terms.token_weight.defined()) state->terms.token_weight = terms.token_weight.clone();
-    state->normalization = normalization;
-    LatentResult result = latent_kl_forward<FreeBits>(z_logits, prior_logits, /*needs_gradient=*/true, *state);
+    auto held = c10::make_intrusive<HeldLatentPass>();
+    LatentPass& pass = held->pass;
+    pass.settings = settings;
+    pass.settings.prior_logits = prior_logits.value_or(at::Tensor());
+    if (settings.token_weight.defined()) pass.settings.token_weight = settings.token_weight.clone();
+    pass.normalization = normalization;
+    LatentResult result = latent_kl_forward<FreeBits>(z_logits, /*needs_gradient=*/true, pass);
     *sums = std::move(result.sums);
-    context->save_for_backward({z_logits, prior_logits});
-    context->saved_data["state"] = c10::IValue::make_capsule(std::move(state));
+    auto saved = pass.tensors();
+    saved.push_back(z_logits);
+    context->save_for_backward(std::move(saved));
+    pass.restore(torch::autograd::variable_list(pass.tensors().size()).data());
+    pass.normalization.tensor.reset();
+    context->saved_data["pass"] = c10::IValue::make_capsule(std::move(held));
     return result.loss;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& upstream) {
     const auto saved = context->get_saved_variables();
-    const at::Tensor &z_logits = saved[0], &prior_logits = saved[1];
-    const auto capsule = context->saved_data["state"].toCapsule();
-    auto& state = static_cast<LatentState&>(*capsule);
-    const at::Tensor wide = upstream[0].to(state.scale.scalar_type());
+    const auto capsule = context->saved_data["pass"].toCapsule();
+    auto& held = static_cast<HeldLatentPass&>(*capsule).pass;
+    LatentPass pass = held;
+    pass.restore(saved.data());
+    const at::Tensor wide = upstream[0].to(pass.scale.scalar_type());
     const at::Tensor flat = wide.dim() == 0 ? wide : wide.reshape({-1});
-    if (!at::GradMode::is_enabled()) {
-      auto gradients = latent_kl_gradients<FreeBits>(z_logits, prior_logits, state, flat);
-      return {gradients.z_logits, gradients.prior_logits, {}, {}, {}};
+    plain::LatentGradients gradients;
+    if (at::GradMode::is_enabled()) {
+      gradients = latent_kl_gradients_with_graph<FreeBits>(saved.back(), pass, flat);
+    } else {
+      held.gradient.reset();
+      gradients = latent_kl_gradients<FreeBits>(saved.back(), pass, flat);
     }
-    return gradients_with_graph(z_logits, prior_logits, state, flat);
-  }
-
- private:
-  /// The gradients of the differentiable loss, themselves with a graph. They are taken to aliases of the inputs:
-  /// upstream may depend on the inputs, too, and that way is the engine's to go.
-  static torch::autograd::variable_list gradients_with_graph(const at::Tensor& z_logits, const at::Tensor& prior_logits,
-                                                             const LatentState& state, const at::Tensor& upstream) {
-    const auto alias = [](const at::Tensor& input) { return input.defined() ? input.view_as(input) : input; };
-    const at::Tensor z = alias(z_logits), prior = alias(prior_logits);
-    const at::Tensor loss = plain::differentiable_latent_loss<FreeBits>(
-        z, prior, state.terms, plain::latent_positions(z_logits, state.terms), state.mean_kl, upstream * state.scale);
-    torch::autograd::variable_list inputs;
-    for (const at::Tensor& input : {z, prior}) {
-      if (input.defined() && input.requires_grad()) inputs.push_back(input);
-    }
-    const auto gradients = torch::autograd::grad({loss}, inputs, /*grad_outputs=*/{}, /*retain_graph=*/true,
-                                                 /*create_graph=*/true);
-    torch::autograd::variable_list of_arguments(5);
-    if (z.requires_grad()) of_arguments[0] = gradients.front();
-    if (prior.defined() && prior.requires_grad()) of_arguments[1] = gradients.back();
-    return of_arguments;
+    return {gradients.z_logits, gradients.prior_logits, {}, {}, {}};
   }
 };
 
 template <typename FreeBits>
-LatentResult latent_kl(const at::Tensor& z_logits, const at::Tensor& prior_logits, const LatentTerms& terms,
-                       const Normalization& normalization) {
+LatentResult latent_kl(const at::Tensor& z_logits, const LatentSettings& settings, const Normalization& normalization) {
+  const at::Tensor& prior_logits = settings.prior_logits;
   const bool needs_gradient = z_logits.requires_grad() || (prior_logits.defined() && prior_logits.requires_grad());
   if (at::GradMode::is_enabled() && needs_gradient) {
     LatentResult result;
-    result.loss =
-        LatentKLFunction<FreeBits>::apply(z_logits, optional_tensor(prior_logits), terms, normalization, &result.sums);
+    result.loss = LatentKLFunction<FreeBits>::apply(z_logits, optional_tensor(prior_logits), settings, normalization,
+                                                    &result.sums);
     return result;
   }
   const at::NoGradGuard no_grad;
-  LatentState state;
-  state.terms = terms;
-  state.normalization = normalization;
-  return latent_kl_forward<FreeBits>(z_logits, prior_logits, /*needs_gradient=*/false, state);
+  LatentPass pass;
+  pass.settings = settings;
+  pass.normalization = normalization;
+  return latent_kl_forward<FreeBits>(z_logits, /*needs_gradient=*/false, pass);
 }
 
-}  // namespace free_transformer::detail
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

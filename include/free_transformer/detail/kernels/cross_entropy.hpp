@@ -9,12 +9,13 @@
 #include <memory>
 #include <type_traits>
 
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/kernels/cross_entropy_row.hpp"
 #include "free_transformer/detail/kernels/instruction_set.hpp"
 #include "free_transformer/detail/kernels/parallel_rows.hpp"
 #include "free_transformer/detail/kernels/row_offsets.hpp"
 
-namespace free_transformer::detail::kernels {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// float64 stays; the others are computed in float32.
 template <typename Element>
@@ -43,6 +44,7 @@ struct CrossEntropyJob {
   Real* nll;              ///< [rows] each, 0 where the position does not count
   Real* likelihood_loss;  ///< with class weights and smoothing, without the token weight
   Real* log_sum_exp;
+  Real* entropy;        ///< of the prediction
   int64_t* prediction;  ///< the most likely class, the lowest on a tie
 };
 
@@ -62,6 +64,11 @@ template <int lanes, typename Element, typename Real, typename Source>
     SurprisePass<lanes, Real, Source, false> pass{logits, nullptr, result.maximum};
     walk<lanes>(pass, 0, columns);
     result.surprise = pass.total;
+  }
+  if (job.entropy) {
+    SurpriseOfPredictionPass<lanes, Real, Source> pass{logits, result.maximum};
+    walk<lanes>(pass, 0, columns);
+    result.surprise_of_prediction = pass.total;
   }
   // The target's vector is summed apart, without the target.
   const int64_t begin = target / lanes * lanes, end = std::min<int64_t>(begin + lanes, columns);
@@ -113,9 +120,10 @@ template <int lanes, typename Element>
   const int64_t columns = job.columns, target = job.targets[row];
   const double u = job.token_weight ? static_cast<double>(job.token_weight[row]) : 1.0;
   Element* gradient = job.gradient ? job.gradient + (*job.gradient_rows)(row) : nullptr;
-  if (target == job.ignore_index || u == 0) {
+  if (target == job.ignore_index || !(u > 0)) {
     job.nll[row] = job.likelihood_loss[row] = job.log_sum_exp[row] = 0;
     if (job.prediction) job.prediction[row] = 0;
+    if (job.entropy) job.entropy[row] = 0;
     if (gradient) std::memset(static_cast<void*>(gradient), 0, sizeof(Element) * static_cast<size_t>(columns));
     return;
   }
@@ -143,7 +151,7 @@ template <int lanes, typename Element>
 
   const double log_sum = result.log_sum(), nll = result.nll();
   const double target_weight = job.class_weight ? static_cast<double>(job.class_weight[target]) : 1.0;
-  double likelihood_loss = target_weight == 0 ? 0 : (1 - job.label_smoothing) * target_weight * nll;
+  double likelihood_loss = !(target_weight > 0) ? 0 : (1 - job.label_smoothing) * target_weight * nll;
   if (job.label_smoothing > 0) {
     likelihood_loss +=
         job.label_smoothing / static_cast<double>(columns) * (job.class_weight_sum * log_sum + result.surprise);
@@ -151,6 +159,7 @@ template <int lanes, typename Element>
   job.nll[row] = static_cast<Real>(nll);
   job.likelihood_loss[row] = static_cast<Real>(likelihood_loss);
   job.log_sum_exp[row] = static_cast<Real>(result.log_sum_exp());
+  if (job.entropy) job.entropy[row] = static_cast<Real>(result.entropy());
   if (gradient) write_gradient<lanes>(job, row, u, result, terms, slope, gradient);
 }
 
@@ -204,4 +213,4 @@ void cross_entropy(const CrossEntropyJob<Element>& job, int64_t rows) {
   });
 }
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

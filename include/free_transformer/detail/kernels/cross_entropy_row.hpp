@@ -13,22 +13,26 @@
 #include <cstdint>
 #include <limits>
 
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/kernels/elementary.hpp"
 #include "free_transformer/detail/kernels/lanes.hpp"
 
-namespace free_transformer::detail::kernels {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// What a row of logits and its target are reduced to.
 template <typename Real>
 struct CrossEntropyRow {
-  Real maximum;       ///< largest (capped) logit
-  Real at_target;     ///< (capped) logit of the target
-  double others;      ///< sum of exp(x_j - maximum) over all classes but the target
-  double target_exp;  ///< exp(x_y - maximum)
-  double surprise;    ///< sum_c w_c (maximum - x_c), if label smoothing asks for it
+  Real maximum;                   ///< largest (capped) logit
+  Real at_target;                 ///< (capped) logit of the target
+  double others;                  ///< sum of exp(x_j - maximum) over all classes but the target
+  double target_exp;              ///< exp(x_y - maximum)
+  double surprise;                ///< sum_c w_c (maximum - x_c), if label smoothing asks for it
+  double surprise_of_prediction;  ///< sum_c exp(x_c - maximum) (maximum - x_c), if the entropy is asked for
 
-  double log_sum() const { return at_target == maximum ? std::log1p(others) : std::log(others + target_exp); }
+  double log_sum() const { return at_target >= maximum ? std::log1p(others) : std::log(others + target_exp); }
   double nll() const { return log_sum() + static_cast<double>(maximum - at_target); }
+  /// -sum_c p_c log p_c with -log p_c = log_sum + maximum - x_c: no term is negative, and none cancels
+  double entropy() const { return log_sum() + surprise_of_prediction / (others + target_exp); }
   double log_sum_exp() const { return static_cast<double>(maximum) + log_sum(); }
 };
 
@@ -172,7 +176,7 @@ struct ExponentialPass {
     values.values -= maximum;
     exponentiate(values);
     if constexpr (keep) store_part<lanes>(values, count, terms + column);
-    Real part[lanes] = {};
+    Real part[size_t{lanes}] = {};
     store_part<lanes>(values, count, part);  // in a row of -inf alone the filler is NaN, too
     load<lanes>(part, values);
     sums[0].values += values.values;
@@ -192,7 +196,7 @@ struct ExponentialPass {
     values.values -= maximum;
     exponentiate(values);
     if constexpr (keep) store_part<lanes>(values, count, terms + column);
-    Real part[lanes];
+    Real part[size_t{lanes}];
     store<lanes>(values, part);
     for (int64_t lane = 0; lane < count; ++lane) {
       if (column + lane != target) total += static_cast<double>(part[lane]);
@@ -216,14 +220,14 @@ struct SurprisePass {
     values.values = maximum - values.values;
     if constexpr (weighted) {
       load<lanes>(class_weight + column, weight);
-      values.values = weight.values == 0 ? weight.values : weight.values * values.values;
+      values.values = weight.values <= 0 ? weight.values : weight.values * values.values;
     }
     sums[k].values += values.values;
   }
   [[gnu::always_inline]] void part(int64_t column, int64_t count) {
     for (int64_t lane = 0; lane < count; ++lane) {
       const Real weight = weighted ? class_weight[column + lane] : Real{1};
-      if (weight != 0)
+      if (weight > 0)
         total += static_cast<double>(weight) * static_cast<double>(maximum - static_cast<Real>(logits[column + lane]));
     }
   }
@@ -235,21 +239,53 @@ struct SurprisePass {
   }
 };
 
-/// The lowest column that holds `value`; 0 if none does, which is a row of NaN.
+/// sum_c exp(x_c - maximum) (maximum - x_c) over a row; an impossible class has no part in it.
+template <int lanes, typename Real, typename Element>
+struct SurpriseOfPredictionPass {
+  const Element* logits;
+  Real maximum;
+  double total = 0;
+  Lanes<Real, lanes> sums[unroll] = {};
+
+  [[gnu::always_inline]] void add(const Lanes<Real, lanes>& x, int k) {
+    Lanes<Real, lanes> share{x.values - maximum};
+    const typename Lanes<Real, lanes>::Values surprise = -share.values;
+    exponentiate(share);
+    sums[k].values += share.values <= 0 ? share.values : share.values * surprise;
+  }
+  [[gnu::always_inline]] void full(int64_t column, int k) {
+    Lanes<Real, lanes> values;
+    load<lanes>(logits + column, values);
+    add(values, k);
+  }
+  [[gnu::always_inline]] void part(int64_t column, int64_t count) {
+    Lanes<Real, lanes> values;
+    load_part<lanes>(logits + column, count, minus_infinity<Element>(), values);
+    add(values, 0);
+  }
+  [[gnu::always_inline]] void flush() {
+    for (auto& sum : sums) {
+      total += static_cast<double>(sum_of_lanes(sum));
+      sum = Lanes<Real, lanes>{};
+    }
+  }
+};
+
+/// The lowest column that holds `value`, the largest of the row; 0 if none does, which is a row of NaN.
 template <int lanes, typename Real, typename Element>
 [[gnu::always_inline]] inline int64_t first_equal(const Element* logits, int64_t columns, Real value) {
   int64_t column = 0;
   for (; column + lanes <= columns; column += lanes) {
     Lanes<Real, lanes> values;
     load<lanes>(logits + column, values);
-    const typename Lanes<Real, lanes>::Integers equal = values.values == value;
-    typename Lanes<Real, lanes>::Integer parts[lanes], any = 0;
+    const typename Lanes<Real, lanes>::Integers equal = values.values >= value;
+    typename Lanes<Real, lanes>::Integer parts[size_t{lanes}], any = 0;
     std::memcpy(parts, &equal, sizeof(parts));
     for (int lane = 0; lane < lanes; ++lane) any |= parts[lane];
     if (any) break;
   }
   for (; column < columns; ++column) {
-    if (static_cast<Real>(logits[column]) == value) return column;
+    if (static_cast<Real>(logits[column]) >= value) return column;
   }
   return 0;
 }
@@ -301,7 +337,7 @@ struct SmoothedScalePass {
     store<lanes>(values, gradient + column);
   }
   [[gnu::always_inline]] void part(int64_t column, int64_t count) {
-    Real part[lanes];
+    Real part[size_t{lanes}];
     for (int64_t lane = 0; lane < count; ++lane) {
       const Real weight = class_weight ? class_weight[column + lane] : Real{1};
       const Real slope_ = slope ? slope[column + lane] : Real{1};
@@ -315,4 +351,4 @@ struct SmoothedScalePass {
   [[gnu::always_inline]] void flush() {}
 };
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

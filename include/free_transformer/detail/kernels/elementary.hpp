@@ -4,16 +4,21 @@
 #include <cstdint>
 #include <cstring>
 
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/kernels/lanes.hpp"
 
-namespace free_transformer::detail::kernels {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// x = n log 2 + r with |r| <= log(2)/2 becomes exp(r), 1 + r + r^2 times a polynomial that is fitted to the equation
 /// in 50 digits by tests/reference/fit_polynomials.py (relative error 8e-9, in all 1.2 ulp), and `scale` 2^(n + more),
 /// with n + more in [-126, 127]. The product is rounded by adding 1.5 2^23, whose last digit counts ones; with 127 +
-/// more added to it, the last bits of the sum are the exponent of `scale`.
+/// more added to it, the last bits of the sum are the exponent of `scale`. (x + c) - c must not become x: clang defines no
+/// macro of -fassociative-math, which `compilation.hpp` could see, but can be told here.
 template <int lanes, int more>
 [[gnu::always_inline]] inline void split_exponential(Lanes<float, lanes>& x, Lanes<float, lanes>& scale) {
+#if defined(__clang__)
+#pragma clang fp reassociate(off)
+#endif
   using Values = typename Lanes<float, lanes>::Values;
   constexpr float round = 12582912.0f + 127.0f + more;
   const Values shifted = x.values * 1.44269504f + round;
@@ -46,6 +51,9 @@ template <int lanes>
 /// The same for float64: the series to r^13 (remainder 4e-18), 0 below -708.
 template <int lanes>
 [[gnu::always_inline]] inline void exponentiate(Lanes<double, lanes>& x) {
+#if defined(__clang__)
+#pragma clang fp reassociate(off)
+#endif
   using Values = typename Lanes<double, lanes>::Values;
   using Integers = typename Lanes<double, lanes>::Integers;
   constexpr double round = 6755399441055744.0 + 1023.0;
@@ -76,4 +84,4 @@ template <int lanes>
   std::memcpy(&x.values, &bits, sizeof(bits));
 }
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

@@ -3,17 +3,12 @@
 
 #include <atomic>
 
-namespace free_transformer::detail::kernels {
+#include "free_transformer/detail/compilation.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// In rising order; baseline is what the compiler assumes anyway: SSE2 on x86-64, NEON on 64-bit Arm.
 enum class InstructionSet : int { baseline, avx2, avx512 };
-
-/// The kernels are written on GCC's and Clang's vector types. Other compilers take the path in LibTorch operations.
-#if defined(__GNUC__)
-inline constexpr bool compiler_has_vector_types = true;
-#else
-inline constexpr bool compiler_has_vector_types = false;
-#endif
 
 /// The best that the processor and the system support.
 inline InstructionSet best_instruction_set() {
@@ -33,4 +28,4 @@ inline std::atomic<InstructionSet>& instruction_set() {
   return chosen;
 }
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

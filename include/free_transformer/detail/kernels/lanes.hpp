@@ -15,7 +15,9 @@
 #include <type_traits>
 #include <utility>
 
-namespace free_transformer::detail::kernels {
+#include "free_transformer/detail/compilation.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 template <typename Real, int lanes>
 struct Lanes {
@@ -72,21 +74,24 @@ template <int lanes>
   std::memcpy(&result.values, &bits, sizeof(bits));
 }
 
-/// The exponent is moved from bias 15 to bias 127 by a product, which also makes subnormal numbers normal.
+/// The exponent is moved from bias 15 to bias 127. A subnormal number is put behind the point of 2^-14, which is then taken
+/// away: no number on the way is subnormal in float32, so flush-to-zero changes nothing.
 template <int lanes>
 [[gnu::always_inline]] inline void load(const c10::Half* source, Lanes<float, lanes>& result) {
   using Type = Lanes<float, lanes>;
   using Integers = typename Type::Integers;
   Integers bits;
   load_upper_halves<lanes>(source, bits);
-  const Integers magnitude = bits & 0x7fff0000, shifted = magnitude >> 3;
-  typename Type::Values scaled;
-  std::memcpy(&scaled, &shifted, sizeof(scaled));
-  scaled *= 0x1p112f;
+  const Integers magnitude = bits & 0x7fff0000, shifted = (magnitude >> 3) + 0x38000000;
+  const Integers is_small = magnitude < 0x04000000, is_not_finite = magnitude >= 0x7c000000;
+  const Integers with_point = shifted + 0x00800000;
+  typename Type::Values small;
+  std::memcpy(&small, &with_point, sizeof(small));
+  small -= 0x1p-14f;
   Integers converted;
-  std::memcpy(&converted, &scaled, sizeof(converted));
-  const Integers not_finite = magnitude >= 0x7c000000;
-  converted |= (not_finite & 0x7f800000) | (bits & static_cast<int32_t>(0x80000000u));
+  std::memcpy(&converted, &small, sizeof(converted));
+  converted = (is_small & converted) | (~is_small & shifted);
+  converted |= (is_not_finite & 0x7f800000) | (bits & static_cast<int32_t>(0x80000000u));
   std::memcpy(&result.values, &converted, sizeof(converted));
 }
 
@@ -193,7 +198,7 @@ template <int lanes>
 template <int lanes, typename Element, typename Real>
 [[gnu::always_inline]] inline void load_part(const Element* source, int64_t count, Element filler,
                                              Lanes<Real, lanes>& result) {
-  Element part[lanes];
+  Element part[size_t{lanes}];
   for (int lane = 0; lane < lanes; ++lane) part[lane] = filler;
   std::memcpy(part, source, sizeof(Element) * static_cast<size_t>(count));
   load<lanes>(part, result);
@@ -201,7 +206,7 @@ template <int lanes, typename Element, typename Real>
 
 template <int lanes, typename Element, typename Real>
 [[gnu::always_inline]] inline void store_part(const Lanes<Real, lanes>& values, int64_t count, Element* target) {
-  Element part[lanes];
+  Element part[size_t{lanes}];
   store<lanes>(values, part);
   std::memcpy(target, part, sizeof(Element) * static_cast<size_t>(count));
 }
@@ -214,7 +219,7 @@ template <typename Real, int lanes>
 
 template <typename Real, int lanes>
 [[gnu::always_inline]] inline Real largest_lane(const Lanes<Real, lanes>& values) {
-  Real part[lanes];
+  Real part[size_t{lanes}];
   std::memcpy(part, &values.values, sizeof(part));
   for (int width = lanes / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane)
@@ -226,7 +231,7 @@ template <typename Real, int lanes>
 /// Pairwise sum of the lanes.
 template <typename Real, int lanes>
 [[gnu::always_inline]] inline Real sum_of_lanes(const Lanes<Real, lanes>& values) {
-  Real part[lanes];
+  Real part[size_t{lanes}];
   std::memcpy(part, &values.values, sizeof(part));
   for (int width = lanes / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
@@ -234,4 +239,4 @@ template <typename Real, int lanes>
   return part[0];
 }
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

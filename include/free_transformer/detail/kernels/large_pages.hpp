@@ -9,7 +9,9 @@
 #include <sys/mman.h>
 #endif
 
-namespace free_transformer::detail::kernels {
+#include "free_transformer/detail/compilation.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// An uninitialised contiguous tensor. A large one on the CPU is fresh from the system, and the first touch of its 4
 /// KiB pages costs more than the whole gradient's arithmetic: its inside is asked to be backed by pages of 2 MiB.
@@ -26,4 +28,4 @@ inline at::Tensor empty_on_large_pages(at::IntArrayRef sizes, const at::TensorOp
   return result;
 }
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

@@ -13,14 +13,16 @@
 #include <type_traits>
 #include <vector>
 
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/kernels/elementary.hpp"
+#include "free_transformer/detail/kernels/hinge.hpp"
 #include "free_transformer/detail/kernels/instruction_set.hpp"
 #include "free_transformer/detail/kernels/lanes.hpp"
 #include "free_transformer/detail/kernels/pairwise_sum.hpp"
 #include "free_transformer/detail/kernels/parallel_rows.hpp"
 #include "free_transformer/detail/kernels/row_offsets.hpp"
 
-namespace free_transformer::detail::kernels {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// KL(Bernoulli(sigmoid(l)) || Bernoulli(1/2)) and its derivative l sigmoid(l) sigmoid(-l). With x = |l|, s = exp(-x):
 ///     x < 2       x^2/8 + x^4 q(x^2): the product that decides the last digit is exact
@@ -76,8 +78,6 @@ template <int lanes>
   std::memcpy(&x, &bits, sizeof(x));
   derivative.values = x * large / (s * (2.0f + s) + 1.0f) * 0x1p-64f;
 }
-
-enum class Hinge { per_position, per_bit, batch_mean };
 
 template <typename Element>
 struct LatentJob {
@@ -185,11 +185,11 @@ template <int lanes, typename Element>
     Lanes<float, lanes> sum = broadcast<float, lanes>(0.0f), part;
     for (int64_t row = begin; row < end; ++row) {
       const float u = job.token_weight ? static_cast<float>(job.token_weight[row]) : 1.0f;
-      if (u == 0) continue;
+      if (!(u > 0)) continue;
       load<lanes>(kl + (row - begin) * job.bits + bit, part);  // with what lies behind the last bit, which is left out
       sum.values += part.values * u;
     }
-    float sums[lanes];
+    float sums[size_t{lanes}];
     store<lanes>(sum, sums);
     const int64_t count = std::min<int64_t>(lanes, job.bits - bit);
     for (int64_t lane = 0; lane < count; ++lane) bit_sums[bit + lane] += static_cast<double>(sums[lane]);
@@ -224,7 +224,7 @@ template <int lanes, Hinge hinge, typename Element>
   const int64_t bits = job.bits;
   const double u = job.token_weight ? job.token_weight[row] : 1.0;
   Element* gradient = job.gradient ? job.gradient + row * bits : nullptr;
-  if (u == 0) {
+  if (!(u > 0)) {
     if (gradient) std::memset(static_cast<void*>(gradient), 0, sizeof(Element) * static_cast<size_t>(bits));
     if (job.penalty) job.penalty[row] = 0;
     return;
@@ -354,4 +354,4 @@ void latent_kl(Hinge hinge, const LatentJob<Element>& job, int64_t rows, double*
   }
 }
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

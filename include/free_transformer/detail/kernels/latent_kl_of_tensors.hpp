@@ -6,25 +6,25 @@
 #include <c10/util/Half.h>
 
 #include <cstdint>
-#include <optional>
 
+#include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/kernels/hinge.hpp"
 #include "free_transformer/detail/kernels/large_pages.hpp"
+#if FREE_TRANSFORMER_VECTOR_KERNELS
 #include "free_transformer/detail/kernels/latent_kl.hpp"
+#endif
 #include "free_transformer/detail/kernels/pairwise_sum.hpp"
 #include "free_transformer/detail/kernels/row_offsets.hpp"
-#include "free_transformer/detail/latent_terms.hpp"
 #include "free_transformer/detail/normalization.hpp"
+#include "free_transformer/detail/settings.hpp"
 
-namespace free_transformer::detail::kernels {
-
-/// The kernel's hinge of a free-bits policy; none for a policy that the kernels do not know.
-template <typename FreeBits>
-inline constexpr std::optional<Hinge> hinge_of = std::nullopt;
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// True if the kernels can take these logits; the others go the way of LibTorch operations.
-inline bool takes_latent_kl(const at::Tensor& z_logits, const at::Tensor& prior_logits) {
-  return compiler_has_vector_types && z_logits.device().is_cpu() && z_logits.scalar_type() != at::kDouble &&
-         !prior_logits.defined() && (z_logits.stride(-1) == 1 || z_logits.size(-1) == 1);
+inline bool takes_latent_kl(const at::Tensor& z_logits, const LatentSettings& settings) {
+  return FREE_TRANSFORMER_VECTOR_KERNELS && z_logits.device().is_cpu() && z_logits.scalar_type() != at::kDouble &&
+         !settings.prior_logits.defined() && !z_logits.is_neg() && !z_logits._is_zerotensor() &&
+         (z_logits.stride(-1) == 1 || z_logits.size(-1) == 1);
 }
 
 struct LatentRows {
@@ -49,17 +49,18 @@ inline void close_if_below_budget(double free_bits, LatentRows& rows) {
   if (rows.gradient.defined()) rows.gradient.zero_();
 }
 
-inline double latent_weight(const at::Tensor& z_logits, const LatentTerms& terms) {
+inline double latent_weight(const at::Tensor& z_logits, const LatentSettings& settings) {
   const int64_t rows = z_logits.numel() / z_logits.size(-1);
-  if (!terms.token_weight.defined()) return static_cast<double>(rows);
-  const double* weights = terms.token_weight.data_ptr<double>();
+  if (!settings.token_weight.defined()) return static_cast<double>(rows);
+  const double* weights = settings.token_weight.data_ptr<double>();
   return pairwise_sum(0, rows, [&](int64_t row) { return weights[row]; });
 }
 
 /// All positions. Every penalty is multiplied by `scale` on its way to the loss; upstream is [N] float64 and multiplies
 /// that, or undefined.
-inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const LatentTerms& terms, double scale,
+inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const LatentSettings& settings, double scale,
                               const at::Tensor& upstream, bool wants_penalty, bool wants_gradient) {
+#if FREE_TRANSFORMER_VECTOR_KERNELS
   const int64_t bits = z_logits.size(-1), rows = z_logits.numel() / bits;
   LatentRows result;
   result.sums = at::zeros({latent_sum_count + bits}, z_logits.options().dtype(at::kDouble));
@@ -72,8 +73,8 @@ inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const Lat
     job.z_logits = z_logits.data_ptr<Element>();
     job.z_rows = &z_rows;
     job.bits = bits;
-    job.free_bits = terms.free_bits;
-    job.token_weight = terms.token_weight.defined() ? terms.token_weight.data_ptr<double>() : nullptr;
+    job.free_bits = settings.free_bits;
+    job.token_weight = settings.token_weight.defined() ? settings.token_weight.data_ptr<double>() : nullptr;
     job.gradient = wants_gradient ? result.gradient.data_ptr<Element>() : nullptr;
     job.upstream = upstream.defined() ? upstream.data_ptr<double>() : nullptr;
     job.scale = scale;
@@ -90,8 +91,12 @@ inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const Lat
     default:
       run(float{});
   }
-  if (hinge == Hinge::batch_mean) close_if_below_budget(terms.free_bits, result);
+  if (hinge == Hinge::batch_mean) close_if_below_budget(settings.free_bits, result);
   return result;
+#else
+  TORCH_INTERNAL_ASSERT(false, int(hinge), z_logits, settings.free_bits, scale, upstream, wants_penalty,
+                        wants_gradient);
+#endif
 }
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

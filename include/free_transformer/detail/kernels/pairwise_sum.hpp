@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
-namespace free_transformer::detail::kernels {
+#include "free_transformer/detail/compilation.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// Pairwise sum of term(0) ... term(count - 1) in float64: the error grows with log(count).
 template <typename Term>
@@ -17,4 +19,4 @@ double pairwise_sum(int64_t begin, int64_t end, const Term& term) {
   return pairwise_sum(begin, middle, term) + pairwise_sum(middle, end, term);
 }
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

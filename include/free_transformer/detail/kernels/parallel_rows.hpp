@@ -7,7 +7,9 @@
 
 #include <cstdint>
 
-namespace free_transformer::detail::kernels {
+#include "free_transformer/detail/compilation.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// Calls run(begin, end) for ranges that together are [0, rows), at least `grain` rows each, on LibTorch's threads.
 /// `at::parallel_for` would be the obvious way, but in a header it is compiled by the user, and without -fopenmp it is
@@ -25,4 +27,4 @@ void parallel_rows(int64_t rows, int64_t grain, const Run& run) {
                     grain);
 }
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

@@ -7,7 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace free_transformer::detail::kernels {
+#include "free_transformer/detail/compilation.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// Offset of each row of a tensor [..., columns], in elements; the columns themselves must be adjacent.
 class RowOffsets {
@@ -41,4 +43,4 @@ class RowOffsets {
   c10::SmallVector<int64_t, 4> sizes_, strides_;
 };
 
-}  // namespace free_transformer::detail::kernels
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

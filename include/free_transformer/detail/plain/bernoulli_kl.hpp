@@ -7,10 +7,11 @@
 #include <cmath>
 #include <limits>
 
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/optional_tensor.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 
-namespace free_transformer::detail::plain {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
 /// -|x| with the derivative of one side at 0, where that of at::abs is 0: smooth functions made of it keep all of
 /// theirs.
@@ -92,4 +93,4 @@ struct BernoulliKLFunction : torch::autograd::Function<BernoulliKLFunction> {
   }
 };
 
-}  // namespace free_transformer::detail::plain
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain

@@ -4,13 +4,13 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
-#include <limits>
 
-#include "free_transformer/detail/cross_entropy_terms.hpp"
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
+#include "free_transformer/detail/settings.hpp"
 
-namespace free_transformer::detail::plain {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
 /// What the targets alone say of each position, [N].
 struct CrossEntropyPositions {
@@ -20,23 +20,23 @@ struct CrossEntropyPositions {
   at::Tensor target_weight;  ///< w_y, 1 for probabilities
 };
 
-inline CrossEntropyPositions cross_entropy_positions(const CrossEntropyTerms& terms, int64_t classes,
+inline CrossEntropyPositions cross_entropy_positions(const CrossEntropySettings& settings, int64_t classes,
                                                      at::ScalarType type) {
   CrossEntropyPositions positions;
-  const int64_t rows = terms.targets.size(0);
-  const auto options = terms.targets.options().dtype(type);
-  positions.token_weight = terms.token_weight.defined() ? terms.token_weight : at::ones({rows}, options);
+  const int64_t rows = settings.targets.size(0);
+  const auto options = settings.targets.options().dtype(type);
+  positions.token_weight = settings.token_weight.defined() ? settings.token_weight : at::ones({rows}, options);
   positions.counted = positions.token_weight != 0;
   positions.target_weight = at::ones({1}, options).expand({rows});
-  if (!terms.has_probabilities()) {
-    const at::Tensor counted = positions.counted & (terms.targets != terms.ignore_index);
-    const at::Tensor in_range = (terms.targets >= 0) & (terms.targets < classes);
-    positions.counted = counted;
-    positions.class_index = terms.targets.masked_fill(~(in_range & counted), 0);
-    // Reading the targets would stall a device's stream, so a wrong one must show in the result.
-    positions.token_weight = positions.token_weight.masked_fill(~in_range, std::numeric_limits<double>::quiet_NaN());
-    if (terms.class_weight.defined()) {
-      positions.target_weight = terms.class_weight.index_select(0, positions.class_index);
+  if (!settings.has_probabilities()) {
+    positions.counted = positions.counted & (settings.targets != settings.ignore_index);
+    const at::Tensor in_range = (settings.targets >= 0) & (settings.targets < classes);
+    positions.class_index = settings.targets.masked_fill(~(in_range & positions.counted), 0);
+    // Reading the targets would stall a device's stream, so a wrong one must show in the result, as a NaN that LibTorch
+    // makes: under -ffast-math this unit has none.
+    positions.token_weight = positions.token_weight + (in_range.to(type) - 1).sqrt_();
+    if (settings.class_weight.defined()) {
+      positions.target_weight = settings.class_weight.index_select(0, positions.class_index);
     }
   }
   positions.token_weight = positions.token_weight.masked_fill(~positions.counted, 0);
@@ -51,7 +51,7 @@ struct LossScales {
 inline LossScales loss_scales(const CrossEntropyPositions& positions, const Normalization& normalization) {
   const at::Tensor& u = positions.token_weight;
   const at::Tensor sums = ordered_sum(at::stack({u * positions.target_weight, u}).to(widest_type(u.device())));
-  return {loss_scale(normalization, sums[0]), loss_scale(normalization, sums[1])};
+  return {loss_scale(normalization, sums[0], sums[1]), loss_scale(normalization, sums[1], sums[1])};
 }
 
 /// With the largest logit as the pivot: sums that leave it out keep the relative accuracy of a confident model.
@@ -73,14 +73,14 @@ inline at::Tensor softcap_derivative(const at::Tensor& block, double softcap) {
 }
 
 /// Coefficient of lse - x_c for every class of a block of class probabilities, [rows, V].
-inline at::Tensor smoothed_probabilities(const at::Tensor& probabilities, const CrossEntropyTerms& terms,
+inline at::Tensor smoothed_probabilities(const at::Tensor& probabilities, const CrossEntropySettings& settings,
                                          at::ScalarType type) {
   at::Tensor smoothed = probabilities.to(type);
-  if (terms.label_smoothing > 0) {
-    const double share = terms.label_smoothing / static_cast<double>(probabilities.size(1));
-    smoothed = smoothed * (1 - terms.label_smoothing) + share;
+  if (settings.label_smoothing > 0) {
+    const double share = settings.label_smoothing / static_cast<double>(probabilities.size(1));
+    smoothed = smoothed * (1 - settings.label_smoothing) + share;
   }
-  return terms.class_weight.defined() ? smoothed * terms.class_weight : smoothed;
+  return settings.class_weight.defined() ? smoothed * settings.class_weight : smoothed;
 }
 
 /// sum_c weight_c surprise_c over a row, where a class of weight 0 may be impossible (surprise infinite).
@@ -88,37 +88,45 @@ inline at::Tensor weighted_surprise(const at::Tensor& weight, const at::Tensor& 
   return sum_of_rows((weight * surprise).masked_fill_(weight == 0, 0));
 }
 
-inline PivotedRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropyTerms& terms,
-                                      const CrossEntropyPositions& positions) {
+inline PivotedRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
+                                      const CrossEntropyPositions& positions, bool with_entropy) {
   const auto type = arithmetic_type(logits.scalar_type());
   const int64_t classes = logits.size(-1);
   const auto options = logits.options().dtype(type);
-  const auto empty = [&](at::ScalarType of_type) { return at::empty({terms.targets.size(0)}, options.dtype(of_type)); };
-  PivotedRows rows{{empty(type), empty(type), empty(type), empty(at::kLong)}, empty(type), empty(type)};
+  const auto empty = [&](at::ScalarType of_type) {
+    return at::empty({settings.targets.size(0)}, options.dtype(of_type));
+  };
+  PivotedRows rows{{empty(type), empty(type), empty(type), empty(at::kLong), with_entropy ? empty(type) : at::Tensor()},
+                   empty(type),
+                   empty(type)};
   for_each_row_block(logits, 0, [&](const at::Tensor& block, int64_t first) {
     const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
-    const at::Tensor x = arithmetic_logits(block, terms.softcap);
+    const at::Tensor x = arithmetic_logits(block, settings.softcap);
     const auto [maximum, pivot] = x.max(-1, /*keepdim=*/true);
-    const at::Tensor others = sum_of_rows((x - maximum).exp_().scatter_(1, pivot, 0));
+    const at::Tensor exponentials = (x - maximum).exp_();
+    const at::Tensor others = sum_of_rows(exponentials.scatter(1, pivot, 0));
     const at::Tensor log_sum = others.log1p();
+    if (with_entropy) {  // -log p_c = log_sum + m - x_c: no term is negative, and none cancels
+      part(rows.entropy).copy_(log_sum + weighted_surprise(exponentials, maximum - x) / (1 + others));
+    }
     at::Tensor nll, likelihood_loss;
     // m - x before log_sum is added: lse - x would lose the digits to a large offset that all logits share.
-    if (terms.has_probabilities()) {
+    if (settings.has_probabilities()) {
       const at::Tensor surprise = (maximum - x).add_(log_sum.unsqueeze(1));
-      const at::Tensor probabilities = part(terms.targets).to(type);
+      const at::Tensor probabilities = part(settings.targets).to(type);
       nll = weighted_surprise(probabilities, surprise);
-      likelihood_loss = terms.class_weight.defined() || terms.label_smoothing > 0
-                            ? weighted_surprise(smoothed_probabilities(probabilities, terms, type), surprise)
+      likelihood_loss = settings.class_weight.defined() || settings.label_smoothing > 0
+                            ? weighted_surprise(smoothed_probabilities(probabilities, settings, type), surprise)
                             : nll;
     } else {
       const at::Tensor target_weight = part(positions.target_weight);
       nll = (maximum - x.gather(1, part(positions.class_index).unsqueeze(1))).squeeze(1) + log_sum;
-      likelihood_loss = (target_weight * nll).masked_fill_(target_weight == 0, 0) * (1 - terms.label_smoothing);
-      if (terms.label_smoothing > 0) {
+      likelihood_loss = (target_weight * nll).masked_fill_(target_weight == 0, 0) * (1 - settings.label_smoothing);
+      if (settings.label_smoothing > 0) {
         const at::Tensor surprise = (maximum - x).add_(log_sum.unsqueeze(1));
-        likelihood_loss +=
-            (terms.class_weight.defined() ? weighted_surprise(terms.class_weight, surprise) : sum_of_rows(surprise)) *
-            (terms.label_smoothing / static_cast<double>(classes));
+        likelihood_loss += (settings.class_weight.defined() ? weighted_surprise(settings.class_weight, surprise)
+                                                            : sum_of_rows(surprise)) *
+                           (settings.label_smoothing / static_cast<double>(classes));
       }
     }
     part(rows.prediction).copy_(pivot.squeeze(1));
@@ -129,9 +137,9 @@ inline PivotedRows cross_entropy_rows(const at::Tensor& logits, const CrossEntro
     part(rows.likelihood_loss).copy_(likelihood_loss);
   });
   const at::Tensor left_out = ~positions.counted;
-  for (at::Tensor* values :
-       {&rows.nll, &rows.likelihood_loss, &rows.log_sum_exp, &rows.prediction, &rows.maximum, &rows.others}) {
-    values->masked_fill_(left_out, 0);
+  for (at::Tensor* values : {&rows.nll, &rows.likelihood_loss, &rows.log_sum_exp, &rows.prediction, &rows.maximum,
+                             &rows.others, &rows.entropy}) {
+    if (values->defined()) values->masked_fill_(left_out, 0);
   }
   return rows;
 }
@@ -144,45 +152,46 @@ struct CrossEntropyLosses {
   at::Tensor sum() const { return z.defined() ? likelihood + z : likelihood; }
 };
 
-inline CrossEntropyLosses cross_entropy_losses(const CrossEntropyRows& rows, const CrossEntropyTerms& terms,
+inline CrossEntropyLosses cross_entropy_losses(const CrossEntropyRows& rows, const CrossEntropySettings& settings,
                                                const CrossEntropyPositions& positions) {
   const auto weighted = [&](const at::Tensor& values) {
     return (positions.token_weight * values).masked_fill_(~positions.counted, 0);
   };
   CrossEntropyLosses losses{weighted(rows.likelihood_loss), {}};
-  if (terms.z_loss > 0) losses.z = weighted(rows.log_sum_exp.square()) * terms.z_loss;
+  if (settings.z_loss > 0) losses.z = weighted(rows.log_sum_exp.square()) * settings.z_loss;
   return losses;
 }
 
 /// True where the most likely class is the target, or the most likely class of the target's probabilities.
-inline at::Tensor hits(const CrossEntropyRows& rows, const CrossEntropyTerms& terms,
+inline at::Tensor hits(const CrossEntropyRows& rows, const CrossEntropySettings& settings,
                        const CrossEntropyPositions& positions) {
-  const at::Tensor wanted = terms.has_probabilities() ? terms.targets.argmax(-1) : positions.class_index;
+  const at::Tensor wanted = settings.has_probabilities() ? settings.targets.argmax(-1) : positions.class_index;
   return (rows.prediction == wanted) & positions.counted;
 }
 
 /// The sums of `ReconstructionSum`, in its order; hits are counted only if asked for, as probabilities make them
 /// costly.
 inline at::Tensor reconstruction_sums(const CrossEntropyRows& rows, const CrossEntropyLosses& losses,
-                                      const CrossEntropyTerms& terms, const CrossEntropyPositions& positions,
+                                      const CrossEntropySettings& settings, const CrossEntropyPositions& positions,
                                       bool count_hits) {
   const at::Tensor& u = positions.token_weight;
   const at::Tensor none = at::zeros_like(u);
   const at::Tensor nll = (u * rows.nll).masked_fill_(~positions.counted, 0);
   return ordered_sum(at::stack({losses.likelihood, u * positions.target_weight, losses.z.defined() ? losses.z : none, u,
-                                nll, count_hits ? u * hits(rows, terms, positions) : none})
+                                nll, count_hits ? u * hits(rows, settings, positions) : none})
                          .to(widest_type(u.device())));
 }
 
 /// The loss from its sums: the likelihood part and the z-loss have divisors of their own.
 inline at::Tensor reduced_loss(const at::Tensor& sums, const Normalization& normalization) {
-  return sums[likelihood_loss_sum] * loss_scale(normalization, sums[likelihood_weight_sum]) +
-         sums[z_loss_sum] * loss_scale(normalization, sums[token_weight_sum]);
+  const at::Tensor counted = sums[token_weight_sum];
+  return sums[likelihood_loss_sum] * loss_scale(normalization, sums[likelihood_weight_sum], counted) +
+         sums[z_loss_sum] * loss_scale(normalization, counted, counted);
 }
 
 /// Gradient to the logits, of their shape and type. likelihood_scale and z_scale are what each part of a position's
 /// loss is multiplied by on its way to the final value: [N] or 0-dim, in the type of arithmetic.
-inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEntropyTerms& terms,
+inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEntropySettings& settings,
                                          const CrossEntropyPositions& positions, const PivotedRows& rows,
                                          const at::Tensor& likelihood_scale, const at::Tensor& z_scale) {
   const auto type = arithmetic_type(logits.scalar_type());
@@ -192,17 +201,17 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEn
   const at::Tensor gradient_rows = gradient.view({-1, classes});
 
   const at::Tensor likelihood = positions.token_weight * likelihood_scale;
-  const at::Tensor at_target = likelihood * positions.target_weight * (1 - terms.label_smoothing);
-  const at::Tensor of_z = positions.token_weight * z_scale * rows.log_sum_exp * (2 * terms.z_loss);
-  const at::Tensor spread = likelihood * (terms.label_smoothing / static_cast<double>(classes));
+  const at::Tensor at_target = likelihood * positions.target_weight * (1 - settings.label_smoothing);
+  const at::Tensor of_z = positions.token_weight * z_scale * rows.log_sum_exp * (2 * settings.z_loss);
+  const at::Tensor spread = likelihood * (settings.label_smoothing / static_cast<double>(classes));
   at::Tensor left_out = ~positions.counted;
-  if (terms.z_loss == 0 && terms.label_smoothing == 0) left_out = left_out | (positions.target_weight == 0);
+  if (!(settings.z_loss > 0 || settings.label_smoothing > 0)) left_out = left_out | (positions.target_weight == 0);
 
   for_each_row_block(logits, 0, [&](const at::Tensor& block, int64_t first) {
     const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
     const at::Tensor pivot = column(part(rows.prediction));
     const at::Tensor others = part(rows.others);
-    const at::Tensor x = arithmetic_logits(block, terms.softcap);
+    const at::Tensor x = arithmetic_logits(block, settings.softcap);
     at::Tensor target =
         part(gradient_rows);  // written directly where no rounding is due: no memory beside the gradient
     at::Tensor g = target.scalar_type() == type ? at::sub_out(target, x, column(part(rows.maximum)))
@@ -210,9 +219,9 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEn
     g.exp_();
     at::Tensor at_pivot, rest,
         total;  // coefficients of lse - x_c: of the pivot, summed over c != pivot, and over all c
-    if (terms.has_probabilities()) {
+    if (settings.has_probabilities()) {
       const at::Tensor coefficients =
-          smoothed_probabilities(part(terms.targets), terms, type) * column(part(likelihood));
+          smoothed_probabilities(part(settings.targets), settings, type) * column(part(likelihood));
       total = sum_of_rows(coefficients) + part(of_z);
       rest = sum_of_rows(coefficients.scatter(1, pivot, 0)) + part(of_z);
       at_pivot = coefficients.gather(1, pivot).squeeze(1);
@@ -224,8 +233,9 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEn
       rest = part(of_z) + target_part.masked_fill(hit, 0);
       at_pivot = target_part.masked_fill(hit.logical_not(), 0);
       total = part(of_z) + target_part;
-      if (terms.label_smoothing > 0) {
-        const at::Tensor weight = terms.class_weight.defined() ? terms.class_weight : at::ones({classes}, x.options());
+      if (settings.label_smoothing > 0) {
+        const at::Tensor weight =
+            settings.class_weight.defined() ? settings.class_weight : at::ones({classes}, x.options());
         const at::Tensor weight_sum = ordered_sum(weight);
         const at::Tensor weight_of_pivot = weight.index_select(0, part(rows.prediction));
         rest = rest + part(spread) * (weight_sum - weight_of_pivot);
@@ -239,7 +249,7 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEn
     }
     // total p - coefficient at the pivot, where p = 1/(1 + others): neither a small p nor a small 1 - p is a difference
     g.scatter_(1, pivot, column((rest - at_pivot * others) / (1 + others)));
-    if (terms.softcap > 0) g.mul_(softcap_derivative(block, terms.softcap));
+    if (settings.softcap > 0) g.mul_(softcap_derivative(block, settings.softcap));
     g.masked_fill_(column(part(left_out)), 0);
     if (g.scalar_type() != target.scalar_type()) target.copy_(g);
   });
@@ -248,7 +258,7 @@ inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEn
 
 /// The same gradient as a differentiable expression of logits and scales, for a backward through the backward. It holds
 /// several tensors of the logits' size.
-inline at::Tensor differentiable_cross_entropy_gradient(const at::Tensor& logits, const CrossEntropyTerms& terms,
+inline at::Tensor differentiable_cross_entropy_gradient(const at::Tensor& logits, const CrossEntropySettings& settings,
                                                         const CrossEntropyPositions& positions,
                                                         const at::Tensor& likelihood_scale, const at::Tensor& z_scale) {
   const int64_t classes = logits.size(-1);
@@ -257,26 +267,26 @@ inline at::Tensor differentiable_cross_entropy_gradient(const at::Tensor& logits
   const at::Tensor left_out = column(~positions.counted);
   at::Tensor x = logits.reshape({-1, classes}).to(type).masked_fill(left_out, 0);
   at::Tensor cap_derivative;
-  if (terms.softcap > 0) {
-    const at::Tensor tanh = (x / terms.softcap).tanh();
+  if (settings.softcap > 0) {
+    const at::Tensor tanh = (x / settings.softcap).tanh();
     cap_derivative = 1 - tanh.square();
-    x = tanh * terms.softcap;
+    x = tanh * settings.softcap;
   }
   const at::Tensor likelihood = positions.token_weight * likelihood_scale;
   at::Tensor coefficients;
-  if (terms.has_probabilities()) {
-    coefficients = smoothed_probabilities(terms.targets, terms, type) * column(likelihood);
+  if (settings.has_probabilities()) {
+    coefficients = smoothed_probabilities(settings.targets, settings, type) * column(likelihood);
   } else {
-    coefficients = at::zeros_like(x).scatter_(1, column(positions.class_index), 1 - terms.label_smoothing) +
-                   terms.label_smoothing / static_cast<double>(classes);
-    if (terms.class_weight.defined()) coefficients = coefficients * terms.class_weight;
+    coefficients = at::zeros_like(x).scatter_(1, column(positions.class_index), 1 - settings.label_smoothing) +
+                   settings.label_smoothing / static_cast<double>(classes);
+    if (settings.class_weight.defined()) coefficients = coefficients * settings.class_weight;
     coefficients = coefficients * column(likelihood);
   }
   at::Tensor total = coefficients.sum(-1);
-  if (terms.z_loss > 0) total = total + positions.token_weight * z_scale * x.logsumexp(-1) * (2 * terms.z_loss);
+  if (settings.z_loss > 0) total = total + positions.token_weight * z_scale * x.logsumexp(-1) * (2 * settings.z_loss);
   at::Tensor gradient = column(total) * x.softmax(-1) - coefficients;
-  if (terms.softcap > 0) gradient = gradient * cap_derivative;
+  if (settings.softcap > 0) gradient = gradient * cap_derivative;
   return gradient.masked_fill(left_out, 0).to(logits.scalar_type()).reshape(logits.sizes());
 }
 
-}  // namespace free_transformer::detail::plain
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain

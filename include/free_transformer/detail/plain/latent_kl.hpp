@@ -5,24 +5,24 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <cstdint>
-#include <limits>
 #include <vector>
 
-#include "free_transformer/detail/latent_terms.hpp"
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/plain/bernoulli_kl.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
+#include "free_transformer/detail/settings.hpp"
 
-namespace free_transformer::detail::plain {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
 struct LatentPositions {
   at::Tensor token_weight;  ///< [N] in the widest type; without weights one number, expanded
   at::Tensor left_out;      ///< [N] bool: weight 0
 };
 
-inline LatentPositions latent_positions(const at::Tensor& z_logits, const LatentTerms& terms) {
+inline LatentPositions latent_positions(const at::Tensor& z_logits, const LatentSettings& settings) {
   const auto options = z_logits.options().dtype(widest_type(z_logits.device()));
   const int64_t rows = z_logits.numel() / z_logits.size(-1);
-  const at::Tensor weight = terms.token_weight.defined() ? terms.token_weight : at::ones({1}, options);
+  const at::Tensor weight = settings.token_weight.defined() ? settings.token_weight : at::ones({1}, options);
   return {weight.expand({rows}), (weight == 0).expand({rows})};
 }
 
@@ -46,13 +46,13 @@ struct LatentLosses {
 };
 
 template <typename FreeBits>
-LatentLosses latent_losses(const at::Tensor& z_logits, const at::Tensor& prior_logits, const LatentTerms& terms,
-                           const LatentPositions& positions, bool keep_penalty) {
+LatentLosses latent_losses(const at::Tensor& z_logits, const LatentSettings& settings, const LatentPositions& positions,
+                           bool keep_penalty) {
   const int64_t bits = z_logits.size(-1);
   const auto for_each_block_kl = [&](const auto& visit) {
     for_each_row_block(z_logits, 0, [&](const at::Tensor& block, int64_t first) {
       const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
-      const at::Tensor prior = prior_of_block(prior_logits, first, block.size(0));
+      const at::Tensor prior = prior_of_block(settings.prior_logits, first, block.size(0));
       visit(bit_kl_of_block(block, prior, part(positions.left_out)), part);
     });
   };
@@ -66,13 +66,13 @@ LatentLosses latent_losses(const at::Tensor& z_logits, const at::Tensor& prior_l
   const at::Tensor bit_sums = kl_sum.narrow(0, 0, bits), weight_sum = kl_sum.narrow(0, bits, 1);
   LatentLosses losses{
       keep_penalty ? at::zeros(u.sizes(), u.options()) : at::Tensor(), {}, bit_sums.sum() / weight_sum.squeeze(0)};
-  const at::Tensor above_any_budget = at::full_like(losses.mean_kl, std::numeric_limits<double>::infinity());
+  const at::Tensor above_any_budget = at::zeros_like(losses.mean_kl).reciprocal();
   std::vector<at::Tensor> penalty_sums{
       at::zeros({2}, u.options())};  // a block's sums of the penalty and of active positions
   for_each_block_kl([&](const at::Tensor& kl, const auto& part) {
     const at::Tensor penalty =
-        (FreeBits::penalty(kl, losses.mean_kl, terms.free_bits) * part(u)).masked_fill_(part(positions.left_out), 0);
-    const at::Tensor active = (FreeBits::penalty(kl, above_any_budget, terms.free_bits) > 0) * part(u);
+        (FreeBits::penalty(kl, losses.mean_kl, settings.free_bits) * part(u)).masked_fill_(part(positions.left_out), 0);
+    const at::Tensor active = (FreeBits::penalty(kl, above_any_budget, settings.free_bits) > 0) * part(u);
     penalty_sums.push_back(ordered_sum(at::stack({penalty, active})));
     if (keep_penalty) part(losses.penalty).copy_(penalty);
   });
@@ -87,16 +87,17 @@ struct LatentGradients {
 
 /// Gradients of sum_t scale_t penalty_t; scale is [N] or 0-dim in the widest type, the token weight is applied here.
 template <typename FreeBits>
-LatentGradients latent_gradients(const at::Tensor& z_logits, const at::Tensor& prior_logits, const LatentTerms& terms,
+LatentGradients latent_gradients(const at::Tensor& z_logits, const LatentSettings& settings,
                                  const LatentPositions& positions, const at::Tensor& mean_kl, const at::Tensor& scale) {
   const int64_t bits = z_logits.size(-1);
+  const at::Tensor& prior_logits = settings.prior_logits;
   const auto options = positions.token_weight.options();
   LatentGradients gradients;
   if (z_logits.requires_grad()) gradients.z_logits = at::empty(z_logits.sizes(), z_logits.options());
   std::vector<at::Tensor> prior_gradients;
   for_each_row_block(z_logits.detach(), 0, [&](const at::Tensor& block, int64_t first) {
     const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
-    const at::Tensor prior = prior_of_block(prior_logits, first, block.size(0));
+    const at::Tensor prior = prior_of_block(settings.prior_logits, first, block.size(0));
     const at::Tensor left_out = part(positions.left_out);
     const at::Tensor position_scale =
         (part(positions.token_weight) * (scale.dim() == 0 ? scale : part(scale))).masked_fill_(left_out, 0);
@@ -105,7 +106,7 @@ LatentGradients latent_gradients(const at::Tensor& z_logits, const at::Tensor& p
     {
       const at::AutoGradMode enable(true);
       const at::Tensor leaf = kl.requires_grad_();
-      gate = torch::autograd::grad({FreeBits::penalty(leaf, mean_kl, terms.free_bits)}, {leaf}, {position_scale})[0];
+      gate = torch::autograd::grad({FreeBits::penalty(leaf, mean_kl, settings.free_bits)}, {leaf}, {position_scale})[0];
     }
     const at::Tensor wide = block.to(kl.scalar_type());
     const auto finish = [&](const at::Tensor& of_kl) { return (gate * of_kl).masked_fill_(left_out.unsqueeze(1), 0); };
@@ -130,20 +131,20 @@ LatentGradients latent_gradients(const at::Tensor& z_logits, const at::Tensor& p
 
 /// sum_t scale_t penalty_t as a differentiable expression, for a backward through the backward.
 template <typename FreeBits>
-at::Tensor differentiable_latent_loss(const at::Tensor& z_logits, const at::Tensor& prior_logits,
-                                      const LatentTerms& terms, const LatentPositions& positions,
-                                      const at::Tensor& mean_kl, const at::Tensor& scale) {
+at::Tensor differentiable_latent_loss(const at::Tensor& z_logits, const LatentSettings& settings,
+                                      const LatentPositions& positions, const at::Tensor& mean_kl,
+                                      const at::Tensor& scale) {
   const auto wide = widest_type(z_logits.device());
   const int64_t bits = z_logits.size(-1);
   const at::Tensor left_out = positions.left_out.unsqueeze(1);
   const at::Tensor z = z_logits.to(wide).reshape({-1, bits}).masked_fill(left_out, 0);
   at::Tensor prior;
-  if (prior_logits.defined()) {
-    prior = prior_logits.to(wide).reshape({-1, bits}).expand({z.size(0), bits}).masked_fill(left_out, 0);
+  if (settings.prior_logits.defined()) {
+    prior = settings.prior_logits.to(wide).reshape({-1, bits}).expand({z.size(0), bits}).masked_fill(left_out, 0);
   }
   const at::Tensor penalty =
-      FreeBits::penalty(BernoulliKLFunction::apply(z, optional_tensor(prior)), mean_kl, terms.free_bits);
+      FreeBits::penalty(BernoulliKLFunction::apply(z, optional_tensor(prior)), mean_kl, settings.free_bits);
   return (penalty * positions.token_weight * scale).masked_fill(positions.left_out, 0).sum();
 }
 
-}  // namespace free_transformer::detail::plain
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace free_transformer::detail {
+#include "free_transformer/detail/compilation.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 /// Half types are computed in float32, the others in themselves.
 inline at::ScalarType arithmetic_type(at::ScalarType type) {
@@ -79,4 +81,4 @@ inline at::Tensor ordered_sum(at::Tensor values) {
   return values.sum(-1);
 }
 
-}  // namespace free_transformer::detail
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

@@ -5,13 +5,16 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
-#include <cmath>
 #include <cstdint>
 
-namespace free_transformer::detail {
+#include "free_transformer/detail/checks/transforms.hpp"
+#include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/numbers.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 inline void check_not_negative(const char* function, const char* argument, double value) {
-  TORCH_CHECK(std::isfinite(value) && value >= 0, function, ": ", argument, " must be finite and >= 0, got ", value);
+  TORCH_CHECK(is_finite(value) && value >= 0, function, ": ", argument, " must be finite and >= 0, got ", value);
 }
 
 inline void check_defined(const char* function, const char* argument, const at::Tensor& tensor) {
@@ -33,6 +36,11 @@ inline void check_device(const char* function, const char* argument, const at::T
               device, ", got ", tensor.device());
 }
 
+/// The tensor with its values in its own memory: LibTorch has tensors that stand for a negated or a zero one.
+inline at::Tensor readable(const at::Tensor& tensor) {
+  return tensor.is_neg() || tensor._is_zerotensor() ? tensor.clone() : tensor;
+}
+
 /// Weights, priors and class probabilities are constants here: a gradient that silently never came would be a wrong
 /// number.
 inline void check_constant(const char* function, const char* argument, const at::Tensor& tensor) {
@@ -45,23 +53,7 @@ inline void check_logits(const char* function, const char* argument, const at::T
   check_floating(function, argument, logits);
   TORCH_CHECK(logits.dim() >= 1 && logits.size(-1) >= 1, function, ": ", argument,
               " must have at least one dimension, and a last one of at least 1, got shape ", logits.sizes());
-}
-
-inline void check_latent_logits(const char* function, const at::Tensor& z_logits, int64_t latent_dim) {
-  TORCH_CHECK(latent_dim >= 1, function, ": latent_dim must be >= 1, got ", latent_dim);
-  check_floating(function, "z_logits", z_logits);
-  TORCH_CHECK(z_logits.dim() >= 1 && z_logits.size(-1) == latent_dim, function,
-              ": z_logits must have latent_dim = ", latent_dim, " as its last size, got shape ", z_logits.sizes());
-}
-
-inline void check_prior_logits(const char* function, const at::Tensor& z_logits, const at::Tensor& prior_logits) {
-  if (!prior_logits.defined()) return;
-  check_floating(function, "prior_logits", prior_logits);
-  check_device(function, "prior_logits", prior_logits, "z_logits", z_logits.device());
-  const bool one_for_all = prior_logits.dim() == 1 && prior_logits.size(0) == z_logits.size(-1);
-  TORCH_CHECK(one_for_all || prior_logits.sizes() == z_logits.sizes(), function,
-              ": prior_logits must have the shape [latent_dim] or that of z_logits, ", z_logits.sizes(), ", got ",
-              prior_logits.sizes());
+  check_no_transform(function, argument, logits);
 }
 
 inline void check_weight_values(const char* function, const char* argument, const at::Tensor& weight) {
@@ -69,8 +61,8 @@ inline void check_weight_values(const char* function, const char* argument, cons
   const at::Tensor values = weight.to(at::kDouble).contiguous();
   const double* data = values.data_ptr<double>();
   for (int64_t index = 0; index < values.numel(); ++index) {
-    TORCH_CHECK(std::isfinite(data[index]) && data[index] >= 0, function, ": ", argument,
-                " must be finite and >= 0, got ", data[index], " at index ", index);
+    TORCH_CHECK(is_finite(data[index]) && data[index] >= 0, function, ": ", argument, " must be finite and >= 0, got ",
+                data[index], " at index ", index);
   }
 }
 
@@ -87,8 +79,10 @@ inline at::Tensor checked_token_weight(const char* function, const at::Tensor& t
               token_weight.sizes());
   check_device(function, "token_weight", token_weight, "the logits", device);
   check_constant(function, "token_weight", token_weight);
-  check_weight_values(function, "token_weight", token_weight);
-  return token_weight.to(type).reshape({-1}).contiguous();
+  check_no_transform(function, "token_weight", token_weight);
+  const at::Tensor values = readable(token_weight);
+  check_weight_values(function, "token_weight", values);
+  return values.to(type).reshape({-1}).contiguous();
 }
 
 /// The weight of each class as [V] of the given type; undefined if there is none.
@@ -100,8 +94,10 @@ inline at::Tensor checked_class_weight(const char* function, const at::Tensor& w
               classes, "], got ", weight.sizes());
   check_device(function, "weight", weight, "the logits", device);
   check_constant(function, "weight", weight);
-  check_weight_values(function, "weight", weight);
-  return weight.to(type).contiguous();
+  check_no_transform(function, "weight", weight);
+  const at::Tensor values = readable(weight);
+  check_weight_values(function, "weight", values);
+  return values.to(type).contiguous();
 }
 
 inline void check_target_values(const char* function, const at::Tensor& targets, int64_t classes,
@@ -115,32 +111,4 @@ inline void check_target_values(const char* function, const at::Tensor& targets,
   }
 }
 
-/// The targets as [N] int64, or [N, V] class probabilities. positions is the shape of the logits without the classes.
-inline at::Tensor checked_targets(const char* function, const at::Tensor& targets, at::IntArrayRef positions,
-                                  int64_t classes, const at::Device& device, int64_t ignore_index) {
-  check_defined(function, "targets", targets);
-  check_device(function, "targets", targets, "the logits", device);
-  if (targets.is_floating_point()) {
-    check_floating(function, "targets", targets);
-    auto shape = positions.vec();
-    shape.push_back(classes);
-    TORCH_CHECK(targets.sizes() == at::IntArrayRef(shape), function,
-                ": targets that are class probabilities must have the shape of the logits, ", at::IntArrayRef(shape),
-                ", got ", targets.sizes());
-    TORCH_CHECK(ignore_index == -100, function,
-                ": ignore_index must be left at its default with class probabilities, got ", ignore_index);
-    check_constant(function, "targets", targets);
-    return targets.reshape({-1, classes}).contiguous();
-  }
-  TORCH_CHECK(at::isIntegralType(targets.scalar_type(), /*includeBool=*/false), function,
-              ": targets must be class indices (an integer type) or class probabilities (floating), got ",
-              targets.scalar_type());
-  TORCH_CHECK(targets.sizes() == positions, function,
-              ": targets must have the shape of the logits without their last size, ", positions, ", got ",
-              targets.sizes());
-  const at::Tensor indices = targets.to(at::kLong).reshape({-1}).contiguous();
-  check_target_values(function, indices, classes, ignore_index);
-  return indices;
-}
-
-}  // namespace free_transformer::detail
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

@@ -1,0 +1,88 @@
+/// What the whole loss refuses, before either term has written anything.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+#include <torch/enum.h>
+
+#include <type_traits>
+#include <variant>
+
+#include "free_transformer/detail/checks/arguments.hpp"
+#include "free_transformer/detail/checks/latent.hpp"
+#include "free_transformer/detail/checks/memory.hpp"
+#include "free_transformer/detail/checks/reconstruction.hpp"
+#include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/settings.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL {
+
+/// The settings alone, which a module can refuse before it has seen a tensor.
+template <typename Options>
+void check_vae_options(const char* function, const Options& options) {
+  check_not_negative(function, "beta_kl", options.beta_kl());
+  constexpr auto is_unreduced = [](const auto& reduction) {
+    return std::holds_alternative<torch::enumtype::kNone>(reduction);
+  };
+  TORCH_CHECK(is_unreduced(options.reconstruction().reduction()) == is_unreduced(options.kl().reduction()), function,
+              ": reduction must be kNone for both terms or for neither, got kNone for one alone");
+  check_reconstruction_options("compute_reconstruction_loss", options.reconstruction());
+  check_latent_options("compute_kl_divergence", options.kl());
+}
+
+/// The positions that targets say something of.
+inline at::IntArrayRef positions_of_targets(const at::Tensor& targets) {
+  return targets.is_floating_point() && targets.dim() > 0 ? shape_of_positions(targets) : targets.sizes();
+}
+
+/// The latent term's settings, with all that is refused of z_logits beside these logits and targets.
+template <typename Logits, typename Options>
+LatentSettings checked_latent_term(const Logits& logits, const at::Tensor& targets, const at::Tensor& z_logits,
+                                   const Options& options) {
+  constexpr const char* function = "compute_vae_loss";
+  check_defined(function, "z_logits", z_logits);
+  const at::Tensor* device_source = &targets;
+  if constexpr (std::is_convertible_v<const Logits*, const at::Tensor*>) device_source = &logits;
+  if (device_source->defined()) {
+    if (targets.defined() && targets.device() != device_source->device()) return {};  // the other term refuses that
+    check_device(function, "z_logits", z_logits, "the logits", device_source->device());
+  }
+  auto settings = checked_latent_settings("compute_kl_divergence", z_logits, options.kl(), options.kl().token_weight());
+  const bool is_unreduced = std::holds_alternative<torch::enumtype::kNone>(options.kl().reduction());
+  if (targets.defined() && (is_unreduced || options.mask_ignored_latents())) {
+    TORCH_CHECK(shape_of_positions(z_logits) == positions_of_targets(targets), function,
+                ": z_logits must have the positions of the targets with ",
+                is_unreduced ? "kNone, " : "mask_ignored_latents, ", positions_of_targets(targets), ", got shape ",
+                z_logits.sizes());
+  }
+  if constexpr (std::is_convertible_v<const Logits*, const at::Tensor*>) {
+    if (options.reconstruction().inplace() && logits.defined() && logits.requires_grad()) {
+      check_not_overwritten(function, "z_logits", z_logits, logits);
+      check_not_overwritten(function, "prior_logits", options.kl().prior_logits(), logits);
+      check_not_overwritten(function, "token_weight", options.kl().token_weight(), logits);
+      check_not_overwritten(function, "token_weight", options.reconstruction().token_weight(), logits);
+    }
+  }
+  return settings;
+}
+
+/// The same with weight 0 where the target does not count, if the options ask for it. The targets are compared as int64:
+/// in a smaller type an ignore_index that it cannot hold would be another number.
+template <typename Options>
+LatentSettings masked_like_targets(LatentSettings settings, const at::Tensor& targets, const Options& options) {
+  if (!options.mask_ignored_latents()) return settings;
+  const auto& reconstruction = options.reconstruction();
+  at::Tensor left_out;
+  if (!targets.is_floating_point()) left_out = targets.to(at::kLong) == reconstruction.ignore_index();
+  if (reconstruction.token_weight().defined()) {
+    const at::Tensor without_weight = reconstruction.token_weight() == 0;
+    left_out = left_out.defined() ? left_out | without_weight : without_weight;
+  }
+  if (!left_out.defined()) return settings;
+  left_out = left_out.reshape({-1});
+  settings.token_weight = settings.token_weight.defined() ? settings.token_weight.masked_fill(left_out, 0)
+                                                          : left_out.logical_not().to(widest_type(left_out.device()));
+  return settings;
+}
+
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

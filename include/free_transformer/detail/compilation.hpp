@@ -1,0 +1,56 @@
+/// How this unit is compiled: whether it may hold the vector kernels, and the namespace of code that depends on flags.
+#pragma once
+
+// The kernels need GCC's vector types, the byte order that their half types assume, and arithmetic as it is written:
+// -ffast-math and its parts round in another way and let the compiler assume that there is no NaN. Elsewhere the losses
+// are computed in LibTorch's operations, which LibTorch compiled. Define FREE_TRANSFORMER_VECTOR_KERNELS as 0 for that.
+#if !defined(FREE_TRANSFORMER_VECTOR_KERNELS)
+#if !defined(__GNUC__) || !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#define FREE_TRANSFORMER_VECTOR_KERNELS 0
+#elif defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || __FINITE_MATH_ONLY__
+#define FREE_TRANSFORMER_VECTOR_KERNELS 0
+#else
+#define FREE_TRANSFORMER_VECTOR_KERNELS 1
+#endif
+#endif
+
+// Units of one program may be compiled with different flags, and the linker keeps one copy of a function for all of
+// them. So the name of a function whose code depends on flags says which: free_transformer::detail is an alias for a
+// namespace such as detail_vector_optimized_avx2, and public functions are in an inline namespace of that kind.
+#if FREE_TRANSFORMER_VECTOR_KERNELS
+#define FREE_TRANSFORMER_KERNELS_TAG _vector
+#elif defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#define FREE_TRANSFORMER_KERNELS_TAG _plain_finite
+#else
+#define FREE_TRANSFORMER_KERNELS_TAG _plain
+#endif
+
+#if defined(__OPTIMIZE__)
+#define FREE_TRANSFORMER_LEVEL_TAG _optimized
+#else
+#define FREE_TRANSFORMER_LEVEL_TAG _unoptimized
+#endif
+
+#if defined(__AVX512F__)
+#define FREE_TRANSFORMER_INSTRUCTIONS_TAG _avx512
+#elif defined(__AVX2__)
+#define FREE_TRANSFORMER_INSTRUCTIONS_TAG _avx2
+#elif defined(__AVX__)
+#define FREE_TRANSFORMER_INSTRUCTIONS_TAG _avx
+#else
+#define FREE_TRANSFORMER_INSTRUCTIONS_TAG
+#endif
+
+#define FREE_TRANSFORMER_JOIN_NOW(first, second, third, fourth) first##second##third##fourth
+#define FREE_TRANSFORMER_JOIN(first, second, third, fourth) FREE_TRANSFORMER_JOIN_NOW(first, second, third, fourth)
+#define FREE_TRANSFORMER_TAGGED(name)                                                   \
+  FREE_TRANSFORMER_JOIN(name, FREE_TRANSFORMER_KERNELS_TAG, FREE_TRANSFORMER_LEVEL_TAG, \
+                        FREE_TRANSFORMER_INSTRUCTIONS_TAG)
+#define FREE_TRANSFORMER_DETAIL FREE_TRANSFORMER_TAGGED(detail)
+#define FREE_TRANSFORMER_FUNCTIONS FREE_TRANSFORMER_TAGGED(functions)
+
+namespace free_transformer {
+namespace FREE_TRANSFORMER_DETAIL {}
+namespace detail = FREE_TRANSFORMER_DETAIL;
+inline namespace FREE_TRANSFORMER_FUNCTIONS {}
+}  // namespace free_transformer
