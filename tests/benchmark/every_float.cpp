@@ -13,7 +13,8 @@
 #include <thread>
 #include <vector>
 
-#include <free_transformer/detail/kernels/latent_kl.hpp>
+#include <free_transformer/detail/kernels/latent_kl_positions.hpp>
+#include <free_transformer/detail/kernels/vector/instruction_set.hpp>
 
 #include "environment.hpp"
 
@@ -29,32 +30,22 @@ struct Block {
   float logits[block_size], kl[block_size], gradient[block_size];
 };
 
-template <int lanes>
-[[gnu::always_inline]] inline void evaluate(Block& block) {
-  for (int i = 0; i < block_size; i += lanes) {
-    kernels::Lanes<float, lanes> logits, kl, gradient;
-    kernels::load<lanes>(block.logits + i, logits);
-    kernels::bernoulli_kl<lanes>(logits, kl, gradient);
-    kernels::store<lanes>(kl, block.kl + i);
-    kernels::store<lanes>(gradient, block.gradient + i);
+struct Evaluation {
+  Block& block;
+
+  template <int lanes>
+  [[gnu::always_inline]] void run() const {
+    for (int i = 0; i < block_size; i += lanes) {
+      kernels::Lanes<lanes> logits, kl, gradient;
+      kernels::load<lanes>(block.logits + i, logits);
+      kernels::bernoulli_kl<lanes>(logits, kl, gradient);
+      kernels::store<lanes>(kl, block.kl + i);
+      kernels::store<lanes>(gradient, block.gradient + i);
+    }
   }
-}
+};
 
-void evaluate_baseline(Block& block) { evaluate<4>(block); }
-#if defined(__x86_64__)
-__attribute__((target("avx2,fma"))) void evaluate_avx2(Block& block) { evaluate<8>(block); }
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void evaluate_avx512(Block& block) {
-  evaluate<16>(block);
-}
-#endif
-
-void evaluate(InstructionSet set, Block& block) {
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return evaluate_avx512(block);
-  if (set == InstructionSet::avx2) return evaluate_avx2(block);
-#endif
-  evaluate_baseline(block);
-}
+void evaluate(InstructionSet set, Block& block) { kernels::run_vectorized(Evaluation{block}, set); }
 
 /// KL for x >= 0. With u = x/2 it is u tanh u - log cosh u, in two forms that each lose at most a factor of 3 to
 /// cancellation on its side of u = 1.

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include <free_transformer/detail/kernels/instruction_set.hpp>
+#include <free_transformer/detail/kernels/vector/instruction_set.hpp>
 #include <free_transformer/losses.hpp>
 
 #include "comparison.hpp"
@@ -130,7 +130,22 @@ inline void add_plain_rows(std::vector<Comparison>& rows) {
     rows.push_back(vae_row(large, type, {{Ratio::ours_to_baseline, 1.1}}));
     rows.push_back(vae_row(tiny, type, {{Ratio::ours_to_baseline}}));
   }
-  rows.push_back(cross_entropy_row("cross entropy", large, torch::kDouble, {at(eager, 3)}, our_loss({})));
+  rows.push_back(cross_entropy_row("cross entropy", large, torch::kDouble, {eager}, our_loss({})));
+}
+
+/// Character and byte models, two-class pixels: many rows of few classes.
+inline void add_narrow_rows(std::vector<Comparison>& rows) {
+  struct Narrow {
+    Shape shape;
+    double limit, forward_limit;
+  };
+  constexpr Narrow all[] = {
+      {{400000, 2}, 1, 1}, {{400000, 16}, 1, 1}, {{400000, 27}, 1, 1}, {{120000, 65}, 1, 1}, {{30000, 256}, 2, 1.5}};
+  for (const auto& [shape, limit, forward_limit] : all) {
+    rows.push_back(cross_entropy_row("cross entropy of few classes", shape, torch::kFloat,
+                                     {{Ratio::baseline_to_ours, limit}}, our_loss({})));
+    rows.push_back(forward_row(shape, torch::kFloat, {{Ratio::baseline_to_ours, forward_limit}}));
+  }
 }
 
 inline void add_option_rows(std::vector<Comparison>& rows) {
@@ -237,6 +252,7 @@ inline void add_head_rows(std::vector<Comparison>& rows) {
 inline std::vector<Comparison> all_rows() {
   std::vector<Comparison> rows;
   add_plain_rows(rows);
+  add_narrow_rows(rows);
   add_option_rows(rows);
   add_model_rows(rows);
   add_head_rows(rows);

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "free_transformer/detail/kernels/instruction_set.hpp"
+#include "free_transformer/detail/kernels/vector/instruction_set.hpp"
 
 namespace numeric {
 

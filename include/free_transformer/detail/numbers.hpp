@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "free_transformer/detail/compilation.hpp"
 
@@ -20,6 +21,11 @@ inline uint64_t bits_without_sign(double number) {
 inline bool is_finite(double number) { return bits_without_sign(number) < bits_of_infinity; }
 inline bool is_nan(double number) { return bits_without_sign(number) > bits_of_infinity; }
 inline bool is_zero(double number) { return bits_without_sign(number) == 0; }
+
+/// For numbers that may come from a caller, before they are rounded to bfloat16, which looks at a NaN's upper half alone.
+inline double without_payload(double number) {
+  return is_nan(number) ? std::numeric_limits<double>::quiet_NaN() : number;
+}
 
 /// True for a number that multiplies nothing.
 inline bool is_one(double number) {

@@ -11,6 +11,9 @@ namespace losses = free_transformer::detail;
 namespace kernels = free_transformer::detail::kernels;
 namespace plain = free_transformer::detail::plain;
 
+/// float64 is left to LibTorch's operations.
+constexpr torch::ScalarType kernel_types[] = {torch::kFloat, torch::kHalf, torch::kBFloat16};
+
 struct Job {
   Tensor logits, targets, token_weight, class_weight;
   double label_smoothing = 0, z_loss = 0, softcap = 0;
@@ -36,9 +39,8 @@ struct Outcome {
 Outcome by_kernel(const Job& job, const Tensor& gradient) {
   const auto settings = job.settings(arithmetic(job.logits.scalar_type()));
   REQUIRE(kernels::takes_cross_entropy(job.logits, settings));
-  const auto scales =
-      kernels::cross_entropy_scales(settings, losses::Normalization{}, arithmetic(job.logits.scalar_type()));
-  const auto rows = kernels::cross_entropy_rows(job.logits, settings, scales, gradient, {}, {});
+  const auto scales = kernels::cross_entropy_scales(settings, losses::Normalization{});
+  const auto rows = kernels::cross_entropy_rows(job.logits, settings, scales, gradient, {}, {/*each=*/true}).rows;
   return {kernels::cross_entropy_losses(rows, settings), gradient};
 }
 
@@ -76,7 +78,7 @@ Tensor some_targets(int64_t rows, int64_t classes) { return torch::arange(rows) 
 TEST_CASE("Every instruction set agrees with LibTorch's operations for every number of columns", "[kernels]") {
   for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
-    for (const auto type : all_types) {
+    for (const auto type : kernel_types) {
       // 1 to 2N + 1 around every vector width N up to 16 lanes, 4N in flight, blocks of 512
       std::vector<int64_t> columns{63, 64, 65, 127, 128, 129, 511, 512, 513, 1000, 2049};
       for (int64_t count = 1; count <= 33; ++count) columns.push_back(count);
@@ -94,7 +96,7 @@ TEST_CASE("Every instruction set computes every option", "[kernels]") {
   const Tensor token_weight = tensor(std::vector<double>{1, 0.5, 0, 2, 0.25, 1, 3}, {7});
   for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
-    for (const auto type : all_types) {
+    for (const auto type : kernel_types) {
       for (const int64_t classes : {1, 5, 16, 37, 600}) {
         for (int choice = 0; choice < 32; ++choice) {
           INFO("set " << static_cast<int>(set) << ", " << type << ", " << classes << " classes, options " << choice);
@@ -104,7 +106,7 @@ TEST_CASE("Every instruction set computes every option", "[kernels]") {
           if (choice & 2) job.z_loss = 0.25;
           if (choice & 4) job.token_weight = token_weight;
           if (choice & 8) job.class_weight = eighths({classes}).abs();
-          if (choice & 16 && type != torch::kDouble) job.softcap = 5;
+          if (choice & 16) job.softcap = 5;
           check_against_operations(job, choice == 0 ? 0 : 20);
         }
       }
@@ -116,7 +118,7 @@ TEST_CASE("A kernel reads and writes nothing beside its rows, wherever they star
   constexpr int64_t rows = 3, room = 80;
   for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
-    for (const auto type : all_types) {
+    for (const auto type : kernel_types) {
       for (int64_t start = 0; start < 17; ++start) {
         for (const int64_t columns : {1, 7, 16, 31, 33, 61}) {
           INFO("set " << static_cast<int>(set) << ", " << type << ", from " << start << ", " << columns << " columns");
@@ -135,58 +137,70 @@ TEST_CASE("A kernel reads and writes nothing beside its rows, wherever they star
   }
 }
 
-TEST_CASE("Sixteen lanes give what eight give, on processors without AVX-512, too", "[kernels][memcheck]") {
-  const Tensor logits = eighths({4, 533}, torch::kFloat), targets = some_targets(4, 533);
-  const Tensor gradient = torch::empty_like(logits), results = torch::empty({3, 4});
-  const kernels::RowOffsets offsets(logits);
-  kernels::CrossEntropyJob<float> job{};
-  job.logits = logits.data_ptr<float>();
-  job.logit_rows = job.gradient_rows = &offsets;
-  job.columns = 533;
-  job.targets = targets.data_ptr<int64_t>();
-  job.ignore_index = -100;
-  job.class_weight_sum = 533;
-  job.gradient = gradient.data_ptr<float>();
-  job.likelihood_scale = 0.25;
-  job.nll = results.data_ptr<float>();
-  job.likelihood_loss = job.nll + 4;
-  job.log_sum_exp = job.nll + 8;
-  std::vector<float> scratch(2 * 533);
-  kernels::process_rows<16, float>(job, 0, 4, scratch.data());
-  const auto expected = by_operations({logits, targets, {}, {}});
-  CHECK(difference(results[1], expected.loss, steps * epsilon(torch::kFloat)) == "");
-  CHECK(difference(gradient, expected.gradient, steps * epsilon(torch::kFloat)) == "");
+TEST_CASE("Sixteen lanes give what the operations give, on processors without AVX-512, too", "[kernels][memcheck]") {
+  for (const auto type : kernel_types) {
+    for (const int64_t columns : {3, 16, 533, 1024}) {
+      INFO(type << ", " << columns << " columns");
+      const Tensor logits = eighths({4, columns}, type), targets = some_targets(4, columns);
+      const Tensor gradient = torch::empty_like(logits), results = torch::empty({3, 4});
+      const kernels::RowOffsets offsets(logits);
+      kernels::CrossEntropyJob job{};
+      job.logits = logits.data_ptr();
+      job.element = kernels::element_of(type);
+      job.logit_rows = job.gradient_rows = &offsets;
+      job.columns = columns;
+      job.targets = targets.data_ptr<int64_t>();
+      job.ignore_index = -100;
+      job.class_weight_sum = static_cast<double>(columns);
+      job.gradient = gradient.data_ptr();
+      job.likelihood_scale = 0.25;
+      job.nll = results.data_ptr<float>();
+      job.likelihood_loss = job.nll + 4;
+      job.log_sum_exp = job.nll + 8;
+      kernels::CrossEntropyScratch scratch(job);
+      kernels::CrossEntropySums sums;
+      kernels::CrossEntropyKernel{job, 0, 4, scratch, sums}.run<16>();
+      const auto expected = by_operations({logits, targets, {}, {}});
+      CHECK(difference(results[1], expected.loss, steps * epsilon(torch::kFloat)) == "");
+      CHECK(difference(gradient, expected.gradient, steps * epsilon(torch::kFloat)) == "");
+      CHECK(difference(torch::tensor(sums.nll), expected.loss.sum().unsqueeze(0), steps * epsilon(torch::kFloat)) ==
+            "");
+    }
+  }
 }
 
 TEST_CASE("Sixteen lanes give what eight give for the latent KL, too", "[kernels][kl][memcheck]") {
-  constexpr int64_t positions = 70, bits = 21;
-  const Tensor z = eighths({positions, bits}, torch::kBFloat16) / 4;
-  const kernels::RowOffsets offsets(z);
-  const auto run = [&](auto process) {
-    const Tensor gradient = torch::empty_like(z), penalty = torch::empty({positions});
-    kernels::LatentJob<c10::BFloat16> job{};
-    job.z_logits = z.data_ptr<c10::BFloat16>();
-    job.z_rows = &offsets;
-    job.bits = bits;
-    job.free_bits = 0.5;
-    job.gradient = gradient.data_ptr<c10::BFloat16>();
-    job.scale = 0.25;
-    job.penalty = penalty.data_ptr<float>();
-    kernels::LatentSums sums;
-    std::vector<double> bit_sums(bits);
-    kernels::LatentGroup<c10::BFloat16> group(bits);
-    process(job, sums, bit_sums.data(), group);
-    return std::vector<Tensor>{penalty, gradient, torch::tensor(bit_sums), torch::tensor(sums.active)};
-  };
-  const auto eight = run([](const auto& job, auto& sums, double* bit_sums, auto& group) {
-    kernels::process_positions<8, kernels::Hinge::per_position>(job, 0, positions, sums, bit_sums, group);
-  });
-  const auto sixteen = run([](const auto& job, auto& sums, double* bit_sums, auto& group) {
-    kernels::process_positions<16, kernels::Hinge::per_position>(job, 0, positions, sums, bit_sums, group);
-  });
-  CHECK(eight[3].item<double>() > 0);
-  for (size_t index = 0; index < eight.size(); ++index) {
-    CHECK(difference(sixteen[index], eight[index], steps * epsilon(torch::kFloat), 0.5, 2) == "");
+  constexpr int64_t positions = 70;
+  for (const auto type : kernel_types) {
+    for (const int64_t bits : {5, 16, 21}) {
+      INFO(type << ", " << bits << " bits");
+      const Tensor z = eighths({positions, bits}, type) / 4;
+      const kernels::RowOffsets offsets(z);
+      const auto run = [&](auto process) {
+        const Tensor gradient = torch::empty_like(z), penalty = torch::empty({positions});
+        kernels::LatentJob job{};
+        job.z_logits = z.data_ptr();
+        job.element = kernels::element_of(type);
+        job.z_rows = &offsets;
+        job.bits = bits;
+        job.hinge = kernels::Hinge::per_position;
+        job.free_bits = 0.5;
+        job.gradient = gradient.data_ptr();
+        job.scale = 0.25;
+        job.penalty = penalty.data_ptr<float>();
+        kernels::LatentSums sums;
+        std::vector<double> bit_sums(static_cast<size_t>(bits));
+        kernels::LatentGroup group(bits);
+        process(kernels::LatentKernel{job, 0, positions, sums, bit_sums.data(), group});
+        return std::vector<Tensor>{penalty, gradient, torch::tensor(bit_sums), torch::tensor(sums.active)};
+      };
+      const auto eight = run([](const kernels::LatentKernel& kernel) { kernel.run<8>(); });
+      const auto sixteen = run([](const kernels::LatentKernel& kernel) { kernel.run<16>(); });
+      CHECK(eight[3].item<double>() > 0);
+      for (size_t index = 0; index < eight.size(); ++index) {
+        CHECK(difference(sixteen[index], eight[index], steps * epsilon(torch::kFloat), 0.5, 2) == "");
+      }
+    }
   }
 }
 
@@ -234,33 +248,25 @@ TEST_CASE("The most likely class is the lowest of those that tie", "[kernels][st
 
 TEST_CASE("Half types are loaded exactly and stored to the nearest, as LibTorch rounds", "[kernels]") {
   for (const auto type : {torch::kHalf, torch::kBFloat16}) {
-    const Tensor all = torch::arange(65536, torch::kInt).to(torch::kShort).view(type);
-    std::vector<float> widened(65536);
-    const Tensor expected = all.to(torch::kFloat);
-    const auto check = [&](auto element) {
-      using Element = decltype(element);
-      for (int64_t index = 0; index < 65536; index += 4) {
-        kernels::Lanes<float, 4> lanes;
-        kernels::load<4>(all.data_ptr<Element>() + index, lanes);
-        kernels::store<4>(lanes, widened.data() + index);
+    const Tensor all = torch::arange(65536, torch::kInt).to(torch::kShort).view(type), expected = all.to(torch::kFloat);
+    // halfway cases, overflow and subnormal results among them
+    const Tensor wide = torch::cat({expected, expected * 1.00048828125f, expected * 0.75f, expected * 1e-6f});
+    const Tensor rounded = wide.to(type).to(torch::kFloat);
+    const auto check = [&](auto lanes) {
+      for (const int64_t odd : {0, 1, 3}) {  // and a rest that is no whole vector
+        Tensor found = torch::empty_like(expected), stored = torch::empty(wide.sizes(), type);
+        kernels::widened<lanes()>(all.data_ptr(), kernels::element_of(type), odd, 65536 - odd, found.data_ptr<float>());
+        CHECK(torch::equal(found.slice(0, 0, 65536 - odd).nan_to_num(), expected.slice(0, odd).nan_to_num()));
+        CHECK(torch::equal(found.slice(0, 0, 65536 - odd).isnan(), expected.slice(0, odd).isnan()));
+        kernels::store_products<lanes()>(wide.data_ptr<float>(), wide.numel() - odd, 1.0f, stored.data_ptr(),
+                                         kernels::element_of(type), odd);
+        const Tensor back = stored.to(torch::kFloat).slice(0, odd), right = rounded.slice(0, 0, wide.numel() - odd);
+        CHECK(torch::equal(back.nan_to_num(), right.nan_to_num()));
+        CHECK(torch::equal(back.isnan(), right.isnan()));
       }
-      const Tensor found = torch::tensor(widened);
-      CHECK(torch::equal(found.nan_to_num(), expected.nan_to_num()));
-      CHECK(torch::equal(found.isnan(), expected.isnan()));
-      // halfway cases, overflow and subnormal results among them
-      const Tensor wide = torch::cat({expected, expected * 1.00048828125f, expected * 0.75f, expected * 1e-6f});
-      const Tensor rounded = wide.to(type);
-      std::vector<Element> narrow(4 * 65536);
-      for (int64_t index = 0; index < wide.numel(); index += 4) {
-        kernels::Lanes<float, 4> lanes;
-        kernels::load<4>(wide.data_ptr<float>() + index, lanes);
-        kernels::store<4>(lanes, narrow.data() + index);
-      }
-      const Tensor stored = torch::from_blob(narrow.data(), {wide.numel()}, type);
-      CHECK(torch::equal(stored.to(torch::kFloat).nan_to_num(), rounded.to(torch::kFloat).nan_to_num()));
-      CHECK(torch::equal(stored.isnan(), rounded.isnan()));
     };
-    type == torch::kHalf ? check(c10::Half{}) : check(c10::BFloat16{});
+    check(std::integral_constant<int, 4>());
+    check(std::integral_constant<int, 8>());
   }
 }
 

@@ -13,8 +13,8 @@
 #include <utility>
 
 #include "free_transformer/detail/compilation.hpp"
-#include "free_transformer/detail/kernels/cross_entropy_of_tensors.hpp"
-#include "free_transformer/detail/kernels/large_pages.hpp"
+#include "free_transformer/detail/kernels/cross_entropy.hpp"
+#include "free_transformer/detail/kernels/vector/large_pages.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/numbers.hpp"
 #include "free_transformer/detail/plain/cross_entropy.hpp"
@@ -79,17 +79,18 @@ inline CrossEntropyResult plain_cross_entropy_forward(const at::Tensor& logits, 
 inline CrossEntropyResult kernel_cross_entropy_forward(const at::Tensor& logits, const Normalization& normalization,
                                                        bool count_hits, const at::Tensor& gradient,
                                                        CrossEntropyPass& pass) {
-  const auto options = logits.options().dtype(arithmetic_type(logits.scalar_type()));
-  const auto scales =
-      kernels::cross_entropy_scales(pass.settings, normalization, c10::typeMetaToScalarType(options.dtype()));
   const bool for_each = normalization.reduction == ReductionKind::none;
-  const auto rows = kernels::cross_entropy_rows(logits, pass.settings, scales, gradient, /*upstream=*/{},
-                                                {/*prediction=*/count_hits, /*entropy=*/false});
-  const at::Tensor sums = kernels::reconstruction_sums(rows, pass.settings, scales);
+  const auto scales = kernels::cross_entropy_scales(pass.settings, normalization);
+  const auto of_rows = kernels::cross_entropy_rows(logits, pass.settings, scales, gradient, /*upstream=*/{},
+                                                   {for_each, /*prediction=*/count_hits, /*entropy=*/false});
+  const at::Tensor& sums = of_rows.sums;
   pass.scales = {at::scalar_tensor(scales.likelihood, sums.options()), at::scalar_tensor(scales.z, sums.options())};
-  if (for_each) return {kernels::cross_entropy_losses(rows, pass.settings).reshape(shape_of_positions(logits)), sums};
+  if (for_each) {
+    return {kernels::cross_entropy_losses(of_rows.rows, pass.settings).reshape(shape_of_positions(logits)), sums};
+  }
   const double* sum = sums.data_ptr<double>();
-  return {at::scalar_tensor(sum[likelihood_loss_sum] * scales.likelihood + sum[z_loss_sum] * scales.z, options), sums};
+  const double loss = sum[likelihood_loss_sum] * scales.likelihood + sum[z_loss_sum] * scales.z;
+  return {at::scalar_tensor(loss, logits.options().dtype(at::kFloat)), sums};
 }
 
 inline CrossEntropyResult cross_entropy_forward(const at::Tensor& logits, const Normalization& normalization,
@@ -210,7 +211,8 @@ inline CrossEntropyValues cross_entropy_values(const at::Tensor& logits, const C
       plain::cross_entropy_positions(settings, logits.size(-1), arithmetic_type(logits.scalar_type()));
   if (kernels::takes_cross_entropy(logits, settings)) {
     return cross_entropy_values(kernels::cross_entropy_rows(logits, settings, {}, /*gradient=*/{}, /*upstream=*/{},
-                                                            {/*prediction=*/true, /*entropy=*/true}),
+                                                            {/*each=*/true, /*prediction=*/true, /*entropy=*/true})
+                                    .rows,
                                 settings, positions);
   }
   return cross_entropy_values(plain::cross_entropy_rows(logits, settings, positions, /*with_entropy=*/true), settings,

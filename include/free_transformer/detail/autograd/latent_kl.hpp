@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "free_transformer/detail/compilation.hpp"
-#include "free_transformer/detail/kernels/latent_kl_of_tensors.hpp"
+#include "free_transformer/detail/kernels/latent_kl.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/optional_tensor.hpp"
 #include "free_transformer/detail/plain/latent_kl.hpp"

@@ -14,8 +14,8 @@
 
 #include "free_transformer/detail/autograd/cross_entropy.hpp"
 #include "free_transformer/detail/compilation.hpp"
-#include "free_transformer/detail/kernels/cross_entropy_of_tensors.hpp"
-#include "free_transformer/detail/kernels/large_pages.hpp"
+#include "free_transformer/detail/kernels/cross_entropy.hpp"
+#include "free_transformer/detail/kernels/vector/large_pages.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/optional_tensor.hpp"
 #include "free_transformer/detail/plain/cross_entropy.hpp"
@@ -182,7 +182,8 @@ inline CrossEntropyRows process_block(at::Tensor& logits, const CrossEntropySett
   if (kernels::takes_cross_entropy(logits, settings)) {
     kernels::CrossEntropyScales scales;
     if (wants.any()) scales = {host_value(wants.likelihood_scale), host_value(wants.z_scale)};
-    return kernels::cross_entropy_rows(logits, settings, scales, wants.any() ? logits : at::Tensor(), upstream, wanted);
+    return kernels::cross_entropy_rows(logits, settings, scales, wants.any() ? logits : at::Tensor(), upstream, wanted)
+        .rows;
   }
   const auto positions = plain::cross_entropy_positions(settings, logits.size(1), logits.scalar_type());
   const auto rows = plain::cross_entropy_rows(logits, settings, positions, wanted.entropy);
@@ -310,8 +311,8 @@ inline CrossEntropyResult linear_cross_entropy_forward(const LinearInputs& input
   const bool for_each = normalization.reduction == ReductionKind::none;
   LinearBackward wants;
   if (needs_gradient && !for_each) wants = wanted_gradients(inputs, pass, /*upstream=*/{});
-  LinearPass of_blocks =
-      linear_pass(inputs, settings, positions.counted, wants, {/*prediction=*/count_hits, /*entropy=*/false});
+  LinearPass of_blocks = linear_pass(inputs, settings, positions.counted, wants,
+                                     {/*each=*/true, /*prediction=*/count_hits, /*entropy=*/false});
   pass.gradients = std::move(of_blocks.gradients);
   pass.has_gradients = wants.any();
   const auto losses = plain::cross_entropy_losses(of_blocks.rows, settings, positions);
@@ -328,7 +329,7 @@ inline torch::autograd::variable_list linear_cross_entropy_gradients(const Linea
   }
   const auto positions = plain::cross_entropy_positions(pass.settings, inputs.classes(), inputs.arithmetic());
   const auto wants = wanted_gradients(inputs, pass, upstream.expand({pass.settings.targets.size(0)}).contiguous());
-  return finished(linear_pass(inputs, pass.settings, positions.counted, wants, {}).gradients, inputs);
+  return finished(linear_pass(inputs, pass.settings, positions.counted, wants, {/*each=*/true}).gradients, inputs);
 }
 
 /// A pass that a node of the graph holds. Its tensors are saved variables of the node, which releases those.
@@ -397,7 +398,8 @@ inline CrossEntropyResult linear_cross_entropy(const LinearInputs& inputs, const
 inline CrossEntropyValues linear_cross_entropy_values(const LinearInputs& inputs,
                                                       const CrossEntropySettings& settings) {
   const auto positions = plain::cross_entropy_positions(settings, inputs.classes(), inputs.arithmetic());
-  const auto pass = linear_pass(inputs, settings, positions.counted, {}, {/*prediction=*/true, /*entropy=*/true});
+  const auto pass =
+      linear_pass(inputs, settings, positions.counted, {}, {/*each=*/true, /*prediction=*/true, /*entropy=*/true});
   return cross_entropy_values(pass.rows, settings, positions);
 }
 

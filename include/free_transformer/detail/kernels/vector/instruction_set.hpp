@@ -1,4 +1,4 @@
-/// The choice of vector instructions, made once at run time.
+/// The choice of vector instructions, made once at run time, and the way into each of them.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@ enum class InstructionSet : int { baseline, avx2, avx512 };
 
 /// The best that the processor and the system support.
 inline InstructionSet best_instruction_set() {
-#if defined(__GNUC__) && defined(__x86_64__)
+#if FREE_TRANSFORMER_VECTOR_KERNELS && defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
     return InstructionSet::avx512;
@@ -27,5 +27,29 @@ inline std::atomic<InstructionSet>& instruction_set() {
   static std::atomic<InstructionSet> chosen{best_instruction_set()};
   return chosen;
 }
+
+#if FREE_TRANSFORMER_VECTOR_KERNELS
+#if defined(__x86_64__)
+template <typename Kernel>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void run_with_avx512(const Kernel& kernel) {
+  kernel.template run<16>();
+}
+
+template <typename Kernel>
+__attribute__((target("avx2,fma"))) void run_with_avx2(const Kernel& kernel) {
+  kernel.template run<8>();
+}
+#endif
+
+/// Calls the kernel's always_inline `run<lanes>()` from a function of the instruction set.
+template <typename Kernel>
+void run_vectorized(const Kernel& kernel, [[maybe_unused]] InstructionSet set = instruction_set()) {
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx512) return run_with_avx512(kernel);
+  if (set == InstructionSet::avx2) return run_with_avx2(kernel);
+#endif
+  kernel.template run<4>();
+}
+#endif
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels
