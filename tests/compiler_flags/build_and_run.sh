@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 rm -rf "$folder"
 mkdir -p "$folder"
-compile=("$compiler" -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wfloat-equal -Werror -I "$here/../../include" "${libtorch[@]}" -c)
+compile=("$compiler" -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wfloat-equal -Werror -Wno-unused-command-line-argument -I "$here/../../include" "${libtorch[@]}" -c)
 
 # Those that change arithmetic come first: the linker keeps the first copy of a function.
 flags=("-O2 -ffast-math" "-O2 -ffinite-math-only" "-O2 -fassociative-math -fno-signed-zeros -fno-trapping-math"
