@@ -1,6 +1,7 @@
 // Ways of running a function that the losses cannot follow are refused: no derivative and no trace is lost without a word.
 #include <ATen/TracerMode.h>
 #include <ATen/functorch/BatchedTensorImpl.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -117,6 +118,23 @@ TEST_CASE("A trace does not keep the loss as a constant: it is refused", "[error
         return compute_reconstruction_loss(LinearLogits(logits, torch::ones({7, 5}, torch::kDouble)), example.targets);
       }),
       Catch::Matchers::Contains(refusal));
+}
+
+TEST_CASE("Under a Python dispatch mode, as make_fx traces, every loss is refused", "[errors][transforms]") {
+  const Example example;
+  std::vector<std::string> texts;
+  {
+    const c10::impl::IncludeDispatchKeyGuard as_a_mode_does(c10::DispatchKey::Python);
+    texts = {error_of([&] { compute_reconstruction_loss(example.logits, example.targets); }),
+             error_of([&] { compute_token_statistics(example.logits, example.targets); }),
+             error_of([&] { compute_kl_divergence(example.z_logits, 3); }),
+             error_of([&] { compute_vae_loss(example.logits, example.targets, example.z_logits, 3); }), error_of([&] {
+               compute_reconstruction_loss(LinearLogits(example.hidden, example.weight), example.targets);
+             })};
+  }
+  for (const auto& text : texts) {
+    CHECK_THAT(text, Catch::Matchers::Contains("must not be called while a program is traced"));
+  }
 }
 
 TEST_CASE("Tensors that stand for a negated or a zero one have their own values", "[reconstruction][kl][layout]") {
