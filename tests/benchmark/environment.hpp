@@ -6,7 +6,7 @@
 #include <fstream>
 #include <string>
 
-#include <free_transformer/detail/kernels/instruction_set.hpp>
+#include <free_transformer/detail/kernels/vector/instruction_set.hpp>
 
 namespace benchmarks {
 
