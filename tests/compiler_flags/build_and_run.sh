@@ -12,7 +12,7 @@ compile=("$compiler" -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wf
 
 # Those that change arithmetic come first: the linker keeps the first copy of a function.
 flags=("-O2 -ffast-math" "-O2 -ffinite-math-only" "-O2 -fassociative-math -fno-signed-zeros -fno-trapping-math"
-       "-O2 -freciprocal-math" "-O0" "-O3 -march=native" "-O2")
+       "-O0" "-O3 -march=native" "-O2")
 case $compiler in *clang*) flags=("${flags[@]/-fno-signed-zeros -fno-trapping-math/-fno-signed-zeros}") ;; esac
 objects=()
 for index in "${!flags[@]}"; do
