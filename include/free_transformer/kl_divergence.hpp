@@ -10,6 +10,7 @@
 
 #include "free_transformer/detail/autograd/latent_kl.hpp"
 #include "free_transformer/detail/checks/latent.hpp"
+#include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/reduction.hpp"
 

@@ -8,6 +8,7 @@
 
 #include "free_transformer/detail/autograd/linear_cross_entropy.hpp"
 #include "free_transformer/detail/checks/linear_logits.hpp"
+#include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/reconstruction_loss.hpp"
 #include "free_transformer/token_statistics.hpp"

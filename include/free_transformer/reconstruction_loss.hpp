@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "free_transformer/detail/autograd/inplace_cross_entropy.hpp"
+#include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/reconstruction.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/reduction.hpp"

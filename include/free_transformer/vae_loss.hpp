@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/vae_loss.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/kl_divergence.hpp"
@@ -66,7 +67,7 @@ VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& target
 template <typename FreeBits, typename Logits>
 VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& targets, const torch::Tensor& z_logits,
                                const VAELossOptions& options) {
-  detail::check_vae_options("compute_vae_loss", options);
+  detail::check_balance("compute_vae_loss", options);
   const auto latent = detail::checked_latent_term(logits, targets, z_logits, options);
   const auto normalization =
       detail::checked_normalization("compute_kl_divergence", options.kl().reduction(), options.kl().normalizer());

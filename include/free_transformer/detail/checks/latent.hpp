@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "free_transformer/detail/checks/arguments.hpp"
-#include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/transforms.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
@@ -20,7 +19,6 @@ template <typename Options>
 void check_latent_options(const char* function, const Options& options) {
   TORCH_CHECK(options.latent_dim() >= 1, function, ": latent_dim must be >= 1, got ", options.latent_dim());
   check_not_negative(function, "free_bits", options.free_bits());
-  check_normalizer(function, options.normalizer());
 }
 
 inline void check_latent_logits(const char* function, const at::Tensor& z_logits, int64_t latent_dim) {

@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "free_transformer/detail/checks/arguments.hpp"
-#include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/transforms.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
@@ -22,7 +21,6 @@ void check_reconstruction_options(const char* function, const Options& options) 
   check_not_negative(function, "softcap", options.softcap());
   TORCH_CHECK(is_finite(options.label_smoothing()) && options.label_smoothing() >= 0 && options.label_smoothing() <= 1,
               function, ": label_smoothing must be in [0, 1], got ", options.label_smoothing());
-  check_normalizer(function, options.normalizer());
 }
 
 /// True if targets fit logits [batch, classes, positions...], LibTorch's own order, of which this is the shape.

@@ -11,23 +11,32 @@
 #include "free_transformer/detail/checks/arguments.hpp"
 #include "free_transformer/detail/checks/latent.hpp"
 #include "free_transformer/detail/checks/memory.hpp"
+#include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/reconstruction.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/settings.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
-/// The settings alone, which a module can refuse before it has seen a tensor.
+/// What the terms do not check themselves: their balance.
 template <typename Options>
-void check_vae_options(const char* function, const Options& options) {
+void check_balance(const char* function, const Options& options) {
   check_not_negative(function, "beta_kl", options.beta_kl());
   constexpr auto is_unreduced = [](const auto& reduction) {
     return std::holds_alternative<torch::enumtype::kNone>(reduction);
   };
   TORCH_CHECK(is_unreduced(options.reconstruction().reduction()) == is_unreduced(options.kl().reduction()), function,
               ": reduction must be kNone for both terms or for neither, got kNone for one alone");
+}
+
+/// All settings, which a module can refuse before it has seen a tensor.
+template <typename Options>
+void check_vae_options(const char* function, const Options& options) {
+  check_balance(function, options);
   check_reconstruction_options("compute_reconstruction_loss", options.reconstruction());
+  check_normalizer("compute_reconstruction_loss", options.reconstruction().normalizer());
   check_latent_options("compute_kl_divergence", options.kl());
+  check_normalizer("compute_kl_divergence", options.kl().normalizer());
 }
 
 /// The positions that targets say something of.

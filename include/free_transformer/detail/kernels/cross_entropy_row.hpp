@@ -184,10 +184,9 @@ template <int lanes>
       cap<lanes>(scratch.values, padded, static_cast<float>(job.softcap), scratch.slopes.get() + first);
       store<lanes>(broadcast<lanes>(minus_infinity), scratch.values + count);
     }
-    const float largest_with_target = row.maximum;
     if (has_target) scratch.values[target - first] = minus_infinity;
     const float largest = largest_of<lanes>(x, padded);
-    if (job.prediction && largest >= largest_with_target) {
+    if (job.prediction && largest >= row.maximum) {
       const int64_t column = first + first_of(x, count, largest);
       if (largest > row.maximum || column < row.prediction) row.prediction = column;
     }
@@ -201,9 +200,8 @@ template <int lanes>
       if (has_target) scratch.values[target - first] = minus_infinity;
     }
     float* const exponentials = room_for_exponentials<lanes>(job, scratch, gradient, first, count);
-    const bool overwrites = exponentials == x;  // what the entropy still needs
     row.others += static_cast<double>(exponentials_of<lanes>(x, padded, row.reference, exponentials));
-    if (job.entropy && !overwrites) {
+    if (job.entropy) {
       row.surprise_of_prediction += surprise_of_prediction<lanes>(x, exponentials, padded, row.reference);
     }
   }

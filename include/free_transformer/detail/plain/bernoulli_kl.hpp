@@ -5,7 +5,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
-#include <limits>
 
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/optional_tensor.hpp"
