@@ -10,6 +10,8 @@
 #include "free_transformer/detail/checks/linear_logits.hpp"
 #include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/cross_entropy_values.hpp"
+#include "free_transformer/detail/positions.hpp"
 #include "free_transformer/reconstruction_loss.hpp"
 #include "free_transformer/token_statistics.hpp"
 

@@ -7,7 +7,8 @@
 #include <cstdint>
 #include <utility>
 
-#include "free_transformer/detail/autograd/inplace_cross_entropy.hpp"
+#include "free_transformer/detail/autograd/cross_entropy.hpp"
+#include "free_transformer/detail/autograd/overwritten_logits.hpp"
 #include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/reconstruction.hpp"
 #include "free_transformer/detail/compilation.hpp"

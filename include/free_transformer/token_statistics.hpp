@@ -3,10 +3,11 @@
 
 #include <ATen/ATen.h>
 
-#include "free_transformer/detail/autograd/cross_entropy.hpp"
 #include "free_transformer/detail/autograd/overwritten_logits.hpp"
 #include "free_transformer/detail/checks/reconstruction.hpp"
 #include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/cross_entropy_values.hpp"
+#include "free_transformer/detail/positions.hpp"
 #include "free_transformer/reconstruction_loss.hpp"
 
 namespace free_transformer {

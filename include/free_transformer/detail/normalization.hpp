@@ -15,6 +15,9 @@ inline double host_value(const at::Tensor& scalar) {
                                              : static_cast<double>(*scalar.data_ptr<float>());
 }
 
+/// True if it is known here that this 0-dim tensor multiplies nothing: a look at another device would stall it.
+inline bool is_one_on_host(const at::Tensor& scalar) { return scalar.device().is_cpu() && is_one(host_value(scalar)); }
+
 /// The factor of every weighted loss, 0-dim and in the type of weight_sum: 1/normalizer or 1/weight_sum for a mean,
 /// else 1. weight_sum is what a mean divides by if no normalizer is given, `counted` the weight of all that counts. A mean of
 /// nothing is 0 and not NaN; a normalizer of 0 for something that counts is a division by 0.

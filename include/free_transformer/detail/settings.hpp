@@ -1,11 +1,12 @@
-/// What a loss depends on beside the logits, in numbers and tensors: the options once they are checked, and the sums that
-/// a loss and the metrics are made of.
+/// What a loss depends on, in numbers and tensors: the options once they are checked, what is wanted of it, and the sums
+/// that it and the metrics are made of.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "free_transformer/detail/compilation.hpp"
 
@@ -24,6 +25,36 @@ struct CrossEntropySettings {
   double softcap = 0.0;
 
   bool has_probabilities() const { return targets.is_floating_point(); }
+};
+
+/// A copy that the caller cannot change under the graph. Class probabilities are too large for one: they are watched.
+inline CrossEntropySettings kept_settings(CrossEntropySettings settings) {
+  if (!settings.has_probabilities()) settings.targets = settings.targets.clone();
+  if (settings.token_weight.defined()) settings.token_weight = settings.token_weight.clone();
+  if (settings.class_weight.defined()) settings.class_weight = settings.class_weight.clone();
+  return settings;
+}
+
+/// The fused head's operands.
+struct LinearInputs {
+  at::Tensor hidden;  ///< [..., D]
+  at::Tensor weight;  ///< [V, D]
+  at::Tensor bias;    ///< [V], or undefined
+  int64_t block_bytes = 0;
+
+  int64_t classes() const { return weight.size(0); }
+};
+
+/// A reduced loss, and what it was made of: see `ReconstructionSum` and `LatentSum`.
+struct LossAndSums {
+  at::Tensor loss, sums;
+};
+
+/// What is to be said of the rows.
+struct WantedOfRows {
+  bool sums = false;
+  bool each = false;                         ///< the first three of `CrossEntropyRows`
+  bool prediction = false, entropy = false;  ///< the prediction also makes the sums count hits
 };
 
 /// What a forward pass says of each position, [N] in the type of arithmetic; 0 where the position does not count.
@@ -46,10 +77,69 @@ enum ReconstructionSum : int64_t {
   reconstruction_sum_count
 };
 
+/// What the targets and weights alone say, so that the gradient can be finished in the forward pass: `scales`, and what
+/// whoever computes the rows wants to know beside them, [N], for LibTorch operations.
+struct CrossEntropyPositions {
+  at::Tensor scales;         ///< see `ReconstructionScale`
+  at::Tensor left_out;       ///< bool; undefined if every position counts
+  at::Tensor token_weight;   ///< u, 0 where left out; NaN where the target is out of range
+  at::Tensor class_index;    ///< the target, some class where there is none; undefined for probabilities
+  at::Tensor target_weight;  ///< w_y; undefined for 1
+};
+
+/// Factors of every position's loss on its way to the final value, and the weights that they come from.
+enum ReconstructionScale : int64_t {
+  scale_of_likelihood,
+  scale_of_z,  ///< a mean divides the z-loss by another weight
+  weight_of_likelihood,
+  weight_of_tokens,
+  reconstruction_scale_count
+};
+
+/// What settings and positions hold in tensors.
+inline std::vector<at::Tensor*> tensors_of(CrossEntropySettings& settings, CrossEntropyPositions& positions) {
+  return {&settings.targets,   &settings.token_weight,  &settings.class_weight, &positions.scales,
+          &positions.left_out, &positions.token_weight, &positions.class_index, &positions.target_weight};
+}
+
+/// What belongs to some of the rows, of which select(values) are the values.
+template <typename Select>
+CrossEntropySettings part_of(CrossEntropySettings settings, const Select& select) {
+  for (at::Tensor* values : {&settings.targets, &settings.token_weight}) {
+    if (values->defined()) *values = select(*values);
+  }
+  return settings;
+}
+template <typename Select>
+CrossEntropyPositions part_of(CrossEntropyPositions positions, const Select& select) {
+  for (at::Tensor* values :
+       {&positions.left_out, &positions.token_weight, &positions.class_index, &positions.target_weight}) {
+    if (values->defined()) *values = select(*values);
+  }
+  return positions;
+}
+
+struct CrossEntropyOfRows {
+  CrossEntropyRows rows;  ///< undefined where not asked for
+  at::Tensor sums;        ///< see `ReconstructionSum`
+};
+
 struct LatentSettings {
   at::Tensor token_weight;  ///< [N] in the widest type, or undefined
   at::Tensor prior_logits;  ///< [latent_dim] or like z_logits, or undefined for the uniform prior
   double free_bits = 0.0;   ///< nats
+};
+
+/// What is to be computed of the latent term beside its sums.
+struct WantedOfLatents {
+  bool penalty = false, gradient = false, prior_gradient = false;
+};
+
+struct LatentRows {
+  at::Tensor sums;      ///< see `LatentSum`
+  at::Tensor penalty;   ///< [N] in the type of arithmetic, weighted; this and the following undefined if not asked for
+  at::Tensor gradient;  ///< of the shape and type of z_logits
+  at::Tensor prior_gradient;
 };
 
 /// The sums over positions that the latent loss and `LossMetrics` are made of; the KL of each bit follows after them.

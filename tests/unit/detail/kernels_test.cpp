@@ -35,26 +35,25 @@ struct Outcome {
   Tensor loss, gradient;
 };
 
+constexpr losses::WantedOfRows each_row{/*sums=*/false, /*each=*/true};
+
 /// Loss of each position and gradient of their mean, by the kernels; `gradient` is where the kernel is to write.
 Outcome by_kernel(const Job& job, const Tensor& gradient) {
-  const auto settings = job.settings(arithmetic(job.logits.scalar_type()));
+  const auto type = arithmetic(job.logits.scalar_type());
+  const auto settings = job.settings(type);
   REQUIRE(kernels::takes_cross_entropy(job.logits, settings));
-  const auto scales = kernels::cross_entropy_scales(settings, losses::Normalization{});
-  const auto rows = kernels::cross_entropy_rows(job.logits, settings, scales, gradient, {}, {/*each=*/true}).rows;
-  return {kernels::cross_entropy_losses(rows, settings), gradient};
+  const auto positions = kernels::cross_entropy_positions(settings, job.logits.size(-1), type, {});
+  const auto rows = kernels::cross_entropy_rows(job.logits, settings, positions, gradient, {}, each_row).rows;
+  return {losses::losses_of_rows(rows, settings, positions), gradient};
 }
 
 /// The same in LibTorch operations in float64 on the same numbers.
 Outcome by_operations(const Job& job) {
-  const Tensor logits = job.logits.to(torch::kDouble);
+  const Tensor logits = job.logits.to(torch::kDouble), gradient = torch::empty(logits.sizes(), torch::kDouble);
   const auto settings = job.settings(torch::kDouble);
-  const auto positions = plain::cross_entropy_positions(settings, logits.size(-1), torch::kDouble);
-  const auto rows = plain::cross_entropy_rows(logits, settings, positions, /*with_entropy=*/false);
-  const auto losses = plain::cross_entropy_losses(rows, settings, positions);
-  const Tensor weight = positions.token_weight * positions.target_weight;
-  const Tensor scale = weight.sum().reciprocal(), z_scale = positions.token_weight.sum().reciprocal();
-  return {losses.z.defined() ? losses.likelihood + losses.z : losses.likelihood,
-          plain::cross_entropy_gradient(logits, settings, positions, rows, scale, z_scale)};
+  const auto positions = plain::cross_entropy_positions(settings, logits.size(-1), torch::kDouble, {});
+  const auto rows = plain::cross_entropy_rows(logits, settings, positions, gradient, {}, each_row).rows;
+  return {losses::losses_of_rows(rows, settings, positions), gradient};
 }
 
 /// A float32 row: 1.2 for exp, 4 for at most 16 additions in each of 4 x lanes sums and their tree, 1 for the largest
@@ -149,8 +148,7 @@ TEST_CASE("Sixteen lanes give what the operations give, on processors without AV
       job.element = kernels::element_of(type);
       job.logit_rows = job.gradient_rows = &offsets;
       job.columns = columns;
-      job.targets = targets.data_ptr<int64_t>();
-      job.ignore_index = -100;
+      job.weights = {targets.data_ptr<int64_t>(), /*ignore_index=*/-100, /*token_weight=*/nullptr};
       job.class_weight_sum = static_cast<double>(columns);
       job.gradient = gradient.data_ptr();
       job.likelihood_scale = 0.25;

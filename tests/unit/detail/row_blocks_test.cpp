@@ -61,12 +61,13 @@ TEST_CASE("Ordered sums are right at every length, and the same for any number o
     const Tensor counts = torch::arange(2 * length, torch::kDouble).reshape({2, length});
     INFO(length);
     const auto size = static_cast<double>(length);  // every partial sum is an integer below 2^53
-    CHECK(values(rows::ordered_sum(counts)) == std::vector<double>{size * (size - 1) / 2, size * (3 * size - 1) / 2});
+    CHECK(values(rows::ordered_sum(counts, torch::kDouble)) ==
+          std::vector<double>{size * (size - 1) / 2, size * (3 * size - 1) / 2});
   }
   torch::manual_seed(1);
   const Tensor noise = torch::randn({300001});
   const auto sums = [&] {
-    return torch::stack({rows::ordered_sum(noise), rows::sum_of_rows(noise.unsqueeze(0))[0],
+    return torch::stack({rows::ordered_sum(noise, torch::kFloat), rows::sum_of_rows(noise.unsqueeze(0))[0],
                          rows::sum_of_rows(noise.narrow(0, 0, 300000).view({3, 100000})).sum()});
   };
   CHECK(same_bits(with_threads(1, sums), with_threads(2, sums)));

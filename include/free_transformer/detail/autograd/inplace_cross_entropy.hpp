@@ -14,11 +14,15 @@
 #include <cstdint>
 #include <utility>
 
-#include "free_transformer/detail/autograd/cross_entropy.hpp"
+#include "free_transformer/detail/arithmetic.hpp"
 #include "free_transformer/detail/autograd/overwritten_logits.hpp"
 #include "free_transformer/detail/checks/memory.hpp"
 #include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/cross_entropy.hpp"
+#include "free_transformer/detail/normalization.hpp"
+#include "free_transformer/detail/numbers.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
+#include "free_transformer/detail/settings.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
@@ -26,7 +30,8 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 using CallersTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
 
 struct InplaceState : torch::CustomClassHolder {
-  CrossEntropyPass pass;
+  CrossEntropySettings settings;  ///< until backward has written the gradient
+  CrossEntropyPositions positions;
   at::Tensor logits;    ///< their memory, until backward hands it out as the gradient
   int64_t version = 0;  ///< of that memory, after forward
   bool holds_gradient = false;
@@ -76,9 +81,11 @@ struct InplaceCrossEntropyFunction : torch::autograd::Function<InplaceCrossEntro
                 ": logits were changed after inplace had overwritten them with their gradient");
     if (auto logits = state.callers_logits.lock()) check_retains_no_grad(function, at::Tensor(std::move(logits)));
     const at::Tensor gradient = std::exchange(state.logits, at::Tensor());
-    const CrossEntropyPass pass = std::exchange(state.pass, CrossEntropyPass());
+    const auto settings = std::exchange(state.settings, CrossEntropySettings());
+    const auto positions = std::exchange(state.positions, CrossEntropyPositions());
     if (!state.holds_gradient) {
-      write_cross_entropy_gradient(gradient, pass, upstream[0], gradient);
+      cross_entropy_rows(gradient, settings, positions, gradient,
+                         upstream[0].expand({settings.targets.size(0)}).contiguous(), {});
     } else if (!is_one(host_value(upstream[0]))) {
       for_each_row_block(gradient, 0, [&](at::Tensor block, int64_t) {
         block.copy_(block.to(upstream[0].scalar_type()).mul_(upstream[0]));
@@ -102,14 +109,9 @@ struct OverwrittenFunction : torch::autograd::Function<OverwrittenFunction> {
   }
 };
 
-/// Dense logits: over the logits if that is asked for and possible, else into fresh memory.
-inline CrossEntropyResult cross_entropy(const char* function, const at::Tensor& logits,
-                                        const CrossEntropySettings& settings, const Normalization& normalization,
-                                        bool count_hits, bool inplace) {
-  const bool overwrites = inplace && at::GradMode::is_enabled() && logits.requires_grad() &&
-                          normalization.reduction != ReductionKind::none &&
-                          kernels::takes_cross_entropy(logits, settings);
-  if (!overwrites) return cross_entropy(logits, settings, normalization, count_hits);
+inline LossAndSums inplace_cross_entropy(const char* function, const at::Tensor& logits,
+                                         const CrossEntropySettings& settings, const Normalization& normalization,
+                                         bool count_hits) {
   check_may_be_overwritten(function, logits);
   check_not_overwritten(function, "targets", settings.targets, logits);
   check_not_overwritten(function, "token_weight", settings.token_weight, logits);
@@ -120,15 +122,15 @@ inline CrossEntropyResult cross_entropy(const char* function, const at::Tensor& 
   const at::NoGradGuard no_grad;
   // float16 would underflow before a gradient scaler's factor arrives, which backward knows
   state->holds_gradient = logits.scalar_type() != at::kHalf;
-  state->pass.settings = state->holds_gradient ? settings : kept_settings(settings);
   state->logits = logits.detach();
   state->version = static_cast<int64_t>(logits._version());
   state->callers_logits = CallersTensor(logits.getIntrusivePtr());
   if (state->holds_gradient) OverwrittenLogits::instance().add(state->logits);
-  auto result = kernel_cross_entropy_forward(state->logits, normalization, count_hits,
-                                             state->holds_gradient ? state->logits : at::Tensor(), state->pass);
+  const auto positions = cross_entropy_positions(state->logits, settings, normalization);
+  const auto result = cross_entropy_forward(state->logits, settings, positions, normalization.reduction, count_hits,
+                                            state->holds_gradient ? state->logits : at::Tensor());
   loss.detach().copy_(result.loss);
-  if (state->holds_gradient) state->pass.release();
+  if (!state->holds_gradient) state->settings = kept_settings(settings), state->positions = positions;
   return {loss, result.sums};
 }
 

@@ -1,195 +1,126 @@
-/// The free-bits KL as a node of the graph: by the vector kernels where they can, else in LibTorch operations.
+/// The free-bits KL as a node of the graph.
 ///
-/// The kernels finish the gradient in the forward pass; backward hands it out, times what comes from upstream. Saved
-/// for backward: the latent logits, those of the prior, the weights, and that gradient. A second backward computes it
-/// anew.
+/// The gradients are finished in the forward pass; backward hands them out, times what comes from upstream. Saved for
+/// backward: the latent logits, those of the prior, the weights, and those gradients. A second backward computes them
+/// anew, as does the first with a gradient of its own for each position (kNone), and for half types on other devices
+/// than the CPU.
 #pragma once
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/custom_class.h>
+#include <c10/util/intrusive_ptr.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <utility>
+#include <vector>
 
+#include "free_transformer/detail/arithmetic.hpp"
+#include "free_transformer/detail/autograd/loss_node.hpp"
 #include "free_transformer/detail/compilation.hpp"
-#include "free_transformer/detail/kernels/latent_kl.hpp"
+#include "free_transformer/detail/latent_kl.hpp"
 #include "free_transformer/detail/normalization.hpp"
-#include "free_transformer/detail/optional_tensor.hpp"
-#include "free_transformer/detail/plain/latent_kl.hpp"
-#include "free_transformer/detail/plain/row_blocks.hpp"
+#include "free_transformer/detail/positions.hpp"
+#include "free_transformer/detail/settings.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
-struct LatentResult {
-  at::Tensor loss;
-  at::Tensor sums;  ///< see `LatentSum`
-};
-
-/// What forward leaves for backward.
-struct LatentPass {
-  LatentSettings settings;
-  Normalization normalization;
-  at::Tensor scale;     ///< 0-dim, what every penalty is multiplied by
-  at::Tensor mean_kl;   ///< 0-dim, of the batch
-  at::Tensor gradient;  ///< what forward has finished, until backward hands it out
-  bool by_kernel = false;
-
-  /// All tensors but the gradient, for the graph to keep; `restore` puts them back.
-  torch::autograd::variable_list tensors() const {
-    return {settings.token_weight, settings.prior_logits, scale, mean_kl};
-  }
-  void restore(const at::Tensor* saved) {
-    for (at::Tensor* tensor : {&settings.token_weight, &settings.prior_logits, &scale, &mean_kl}) *tensor = *saved++;
-  }
-};
-
 template <typename FreeBits>
-LatentResult kernel_latent_kl_forward(const at::Tensor& z_logits, bool needs_gradient, LatentPass& pass) {
-  const bool for_each = pass.normalization.reduction == ReductionKind::none;
-  const double weight = kernels::latent_weight(z_logits, pass.settings);
-  const double scale = loss_scale(pass.normalization, weight, weight);
-  auto rows = kernels::latent_rows(*kernels::hinge_of<FreeBits>, z_logits, pass.settings, scale, /*upstream=*/{},
-                                   /*wants_penalty=*/for_each, needs_gradient && !for_each);
-  pass.by_kernel = true;
-  pass.gradient = rows.gradient;
-  pass.scale = at::scalar_tensor(scale, rows.sums.options());
-  pass.mean_kl = at::scalar_tensor(kernels::mean_kl(rows), rows.sums.options());
-  if (for_each) return {rows.penalty.reshape(shape_of_positions(z_logits)), rows.sums};
-  const double loss = rows.sums.template data_ptr<double>()[penalty_sum] * scale;
-  return {at::scalar_tensor(loss, z_logits.options().dtype(at::kFloat)), rows.sums};
-}
-
-template <typename FreeBits>
-LatentResult plain_latent_kl_forward(const at::Tensor& z_logits, LatentPass& pass) {
-  const auto positions = plain::latent_positions(z_logits, pass.settings);
-  const bool for_each = pass.normalization.reduction == ReductionKind::none;
-  auto losses = plain::latent_losses<FreeBits>(z_logits, pass.settings, positions, for_each);
-  pass.mean_kl = losses.mean_kl;
-  const at::Tensor weight = losses.sums[latent_weight_sum];
-  pass.scale = loss_scale(pass.normalization, weight, weight);
-  const at::Tensor loss =
-      for_each ? losses.penalty.reshape(shape_of_positions(z_logits)) : losses.sums[penalty_sum] * pass.scale;
-  return {loss.to(arithmetic_type(z_logits.scalar_type())), losses.sums};
-}
-
-template <typename FreeBits>
-LatentResult latent_kl_forward(const at::Tensor& z_logits, bool needs_gradient, LatentPass& pass) {
-  if constexpr (kernels::hinge_of<FreeBits>.has_value()) {
-    if (kernels::takes_latent_kl(z_logits, pass.settings)) {
-      return kernel_latent_kl_forward<FreeBits>(z_logits, needs_gradient, pass);
-    }
-  }
-  return plain_latent_kl_forward<FreeBits>(z_logits, pass);
-}
-
-/// The gradients to z_logits and the prior's logits for `upstream`, 0-dim or [N] in the widest type, without a graph.
-template <typename FreeBits>
-plain::LatentGradients latent_kl_gradients(const at::Tensor& z_logits, LatentPass& pass, const at::Tensor& upstream) {
-  if constexpr (kernels::hinge_of<FreeBits>.has_value()) {
-    if (pass.gradient.defined()) {
-      const at::Tensor gradient = std::exchange(pass.gradient, at::Tensor());
-      if (is_one(host_value(upstream))) return {gradient, {}};
-      if (gradient.scalar_type() == at::kFloat) return {gradient.mul_(upstream), {}};  // a half one was rounded: anew
-    }
-    if (pass.by_kernel) {
-      const at::Tensor for_each = upstream.expand({z_logits.numel() / z_logits.size(-1)}).contiguous();
-      return {
-          kernels::latent_rows(*kernels::hinge_of<FreeBits>, z_logits, pass.settings, host_value(pass.scale), for_each,
-                               /*wants_penalty=*/false, /*wants_gradient=*/true)
-              .gradient,
-          {}};
-    }
-  }
-  return plain::latent_gradients<FreeBits>(z_logits, pass.settings, plain::latent_positions(z_logits, pass.settings),
-                                           pass.mean_kl, upstream * pass.scale);
-}
-
-/// The gradients of the differentiable loss, themselves with a graph. They are taken to aliases of the inputs: upstream
-/// may depend on the inputs, too, and that way is the engine's to go. None for an input that no longer requires one.
-template <typename FreeBits>
-plain::LatentGradients latent_kl_gradients_with_graph(const at::Tensor& z_logits, const LatentPass& pass,
-                                                      const at::Tensor& upstream) {
-  const auto alias = [](const at::Tensor& input) { return input.defined() ? input.view_as(input) : input; };
-  const at::Tensor z = alias(z_logits);
-  LatentSettings settings = pass.settings;
-  settings.prior_logits = alias(settings.prior_logits);
-  torch::autograd::variable_list inputs;
-  for (const at::Tensor& input : {z, settings.prior_logits}) {
-    if (input.defined() && input.requires_grad()) inputs.push_back(input);
-  }
-  if (inputs.empty()) return {};
-  const at::Tensor loss = plain::differentiable_latent_loss<FreeBits>(
-      z, settings, plain::latent_positions(z_logits, settings), pass.mean_kl, upstream * pass.scale);
-  const auto gradients = torch::autograd::grad({loss}, inputs, /*grad_outputs=*/{}, /*retain_graph=*/true,
-                                               /*create_graph=*/true);
-  plain::LatentGradients of_inputs;
-  if (z.requires_grad()) of_inputs.z_logits = gradients.front();
-  if (inputs.size() == 2 || !z.requires_grad()) of_inputs.prior_logits = gradients.back();
-  return of_inputs;
-}
-
-/// A pass that a node of the graph holds. Its tensors are saved variables of the node, which releases those.
-struct HeldLatentPass : torch::CustomClassHolder {
-  LatentPass pass;
-};
-
-template <typename FreeBits>
-struct LatentKLFunction : torch::autograd::Function<LatentKLFunction<FreeBits>> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& z_logits,
-                            const OptionalTensor& prior_logits, const LatentSettings& settings,
-                            const Normalization& normalization, at::Tensor* sums) {
-    auto held = c10::make_intrusive<HeldLatentPass>();
-    LatentPass& pass = held->pass;
-    pass.settings = settings;
-    pass.settings.prior_logits = prior_logits.value_or(at::Tensor());
-    if (settings.token_weight.defined()) pass.settings.token_weight = settings.token_weight.clone();
-    pass.normalization = normalization;
-    LatentResult result = latent_kl_forward<FreeBits>(z_logits, /*needs_gradient=*/true, pass);
-    *sums = std::move(result.sums);
-    auto saved = pass.tensors();
-    saved.push_back(z_logits);
-    context->save_for_backward(std::move(saved));
-    pass.restore(torch::autograd::variable_list(pass.tensors().size()).data());
-    pass.normalization.tensor.reset();
-    context->saved_data["pass"] = c10::IValue::make_capsule(std::move(held));
-    return result.loss;
+class LatentPass final : public LossPass {
+ public:
+  LatentPass(const LatentSettings& settings, const Normalization& normalization)
+      : settings_(settings), normalization_(normalization) {
+    settings_.prior_logits.reset();  // it comes as an input
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 const torch::autograd::variable_list& upstream) {
-    const auto saved = context->get_saved_variables();
-    const auto capsule = context->saved_data["pass"].toCapsule();
-    auto& held = static_cast<HeldLatentPass&>(*capsule).pass;
-    LatentPass pass = held;
-    pass.restore(saved.data());
-    const at::Tensor wide = upstream[0].to(pass.scale.scalar_type());
+  LossAndSums forward(const Tensors& inputs, bool needs_gradient) override {
+    const at::Tensor& z_logits = inputs[0];
+    const auto type = arithmetic_type(z_logits.scalar_type());
+    const bool for_each = normalization_.reduction == ReductionKind::none;
+    if (needs_gradient && settings_.token_weight.defined()) settings_.token_weight = settings_.token_weight.clone();
+    const LatentSettings settings = with_prior(inputs[1]);
+    scale_ = latent_scale<FreeBits>(z_logits, settings, normalization_);
+    normalization_.tensor.reset();
+    auto wanted =
+        wanted_gradients(inputs, needs_gradient && !for_each && (z_logits.device().is_cpu() || !is_rounded(inputs)));
+    wanted.penalty = for_each;
+    LatentRows rows = latent_rows<FreeBits>(z_logits, settings, scale_, /*upstream=*/{}, wanted);
+    gradients_ = {std::move(rows.gradient), std::move(rows.prior_gradient)};
+    sums_ = rows.sums;
+    if (for_each) return {rows.penalty.reshape(shape_of_positions(z_logits)), rows.sums};
+    return {reduced_loss(rows, scale_, type), rows.sums};
+  }
+
+  Tensors backward(const Tensors& inputs, const at::Tensor& upstream) override {
+    const at::Tensor wide = upstream.to(scale_.scalar_type());
     const at::Tensor flat = wide.dim() == 0 ? wide : wide.reshape({-1});
-    plain::LatentGradients gradients;
-    if (at::GradMode::is_enabled()) {
-      gradients = latent_kl_gradients_with_graph<FreeBits>(saved.back(), pass, flat);
-    } else {
-      held.gradient.reset();
-      gradients = latent_kl_gradients<FreeBits>(saved.back(), pass, flat);
+    if (at::GradMode::is_enabled()) return gradients_with_graph(inputs, flat);
+    const Tensors finished = std::exchange(gradients_, Tensors());
+    if (!finished.empty() && (finished[0].defined() || finished[1].defined())) {
+      if (is_one_on_host(flat)) return finished;
+      if (!is_rounded(inputs)) {  // a half one was rounded: anew
+        for (const at::Tensor& gradient : finished) {
+          if (gradient.defined()) gradient.mul_(flat);
+        }
+        return finished;
+      }
     }
-    return {gradients.z_logits, gradients.prior_logits, {}, {}, {}};
+    const int64_t rows = inputs[0].numel() / inputs[0].size(-1);
+    LatentRows anew = latent_rows<FreeBits>(inputs[0], with_prior(inputs[1]), scale_, flat.expand({rows}).contiguous(),
+                                            wanted_gradients(inputs, true));
+    return {std::move(anew.gradient), std::move(anew.prior_gradient)};
   }
+
+  std::vector<at::Tensor*> saved_tensors() override { return {&settings_.token_weight, &scale_, &sums_}; }
+
+ private:
+  static bool is_rounded(const Tensors& inputs) {
+    const auto is_half = [](const at::Tensor& input) {
+      return input.defined() && arithmetic_type(input.scalar_type()) != input.scalar_type();
+    };
+    return is_half(inputs[0]) || is_half(inputs[1]);
+  }
+
+  static WantedOfLatents wanted_gradients(const Tensors& inputs, bool any) {
+    return {/*penalty=*/false, any && inputs[0].requires_grad(),
+            any && inputs[1].defined() && inputs[1].requires_grad()};
+  }
+
+  LatentSettings with_prior(const at::Tensor& prior_logits) const {
+    LatentSettings settings = settings_;
+    settings.prior_logits = prior_logits;
+    return settings;
+  }
+
+  /// The gradients of the differentiable loss, themselves with a graph. They are taken to aliases of the inputs: upstream
+  /// may depend on the inputs, too, and that way is the engine's to go. None for an input that no longer requires one.
+  Tensors gradients_with_graph(const Tensors& inputs, const at::Tensor& upstream) const {
+    Tensors aliases(2), wanted, gradients(2);
+    for (size_t index = 0; index < aliases.size(); ++index) {
+      if (!inputs[index].defined()) continue;
+      aliases[index] = inputs[index].view_as(inputs[index]);
+      if (aliases[index].requires_grad()) wanted.push_back(aliases[index]);
+    }
+    if (wanted.empty()) return gradients;
+    const at::Tensor loss = plain::differentiable_latent_loss<FreeBits>(aliases[0], with_prior(aliases[1]),
+                                                                        plain::mean_kl(sums_), upstream * scale_);
+    auto found =
+        torch::autograd::grad({loss}, wanted, /*grad_outputs=*/{}, /*retain_graph=*/true, /*create_graph=*/true);
+    for (size_t index = aliases.size(); index-- > 0;) {
+      if (!aliases[index].defined() || !aliases[index].requires_grad()) continue;
+      gradients[index] = std::move(found.back());
+      found.pop_back();
+    }
+    return gradients;
+  }
+
+  LatentSettings settings_;
+  Normalization normalization_;
+  at::Tensor scale_, sums_;
+  Tensors gradients_;  ///< what forward has finished, until backward hands it out
 };
 
 template <typename FreeBits>
-LatentResult latent_kl(const at::Tensor& z_logits, const LatentSettings& settings, const Normalization& normalization) {
-  const at::Tensor& prior_logits = settings.prior_logits;
-  const bool needs_gradient = z_logits.requires_grad() || (prior_logits.defined() && prior_logits.requires_grad());
-  if (at::GradMode::is_enabled() && needs_gradient) {
-    LatentResult result;
-    result.loss = LatentKLFunction<FreeBits>::apply(z_logits, optional_tensor(prior_logits), settings, normalization,
-                                                    &result.sums);
-    return result;
-  }
-  const at::NoGradGuard no_grad;
-  LatentPass pass;
-  pass.settings = settings;
-  pass.normalization = normalization;
-  return latent_kl_forward<FreeBits>(z_logits, /*needs_gradient=*/false, pass);
+LossAndSums latent_kl(const at::Tensor& z_logits, const LatentSettings& settings, const Normalization& normalization) {
+  return run(c10::make_intrusive<LatentPass<FreeBits>>(settings, normalization), z_logits, settings.prior_logits);
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

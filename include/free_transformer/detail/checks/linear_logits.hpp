@@ -6,7 +6,6 @@
 
 #include <cstdint>
 
-#include "free_transformer/detail/autograd/linear_cross_entropy.hpp"
 #include "free_transformer/detail/checks/arguments.hpp"
 #include "free_transformer/detail/checks/reconstruction.hpp"
 #include "free_transformer/detail/checks/transforms.hpp"

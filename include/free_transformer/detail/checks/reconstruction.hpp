@@ -6,10 +6,10 @@
 
 #include <cstdint>
 
+#include "free_transformer/detail/arithmetic.hpp"
 #include "free_transformer/detail/checks/arguments.hpp"
 #include "free_transformer/detail/checks/transforms.hpp"
 #include "free_transformer/detail/compilation.hpp"
-#include "free_transformer/detail/plain/row_blocks.hpp"
 #include "free_transformer/detail/settings.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {

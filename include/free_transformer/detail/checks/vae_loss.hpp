@@ -8,12 +8,14 @@
 #include <type_traits>
 #include <variant>
 
+#include "free_transformer/detail/arithmetic.hpp"
 #include "free_transformer/detail/checks/arguments.hpp"
 #include "free_transformer/detail/checks/latent.hpp"
 #include "free_transformer/detail/checks/memory.hpp"
 #include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/reconstruction.hpp"
 #include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/positions.hpp"
 #include "free_transformer/detail/settings.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
@@ -75,22 +77,17 @@ LatentSettings checked_latent_term(const Logits& logits, const at::Tensor& targe
   return settings;
 }
 
-/// The same with weight 0 where the target does not count, if the options ask for it. The targets are compared as int64:
-/// in a smaller type an ignore_index that it cannot hold would be another number.
+/// The same with weight 0 where the target does not count, if the options ask for it.
 template <typename Options>
 LatentSettings masked_like_targets(LatentSettings settings, const at::Tensor& targets, const Options& options) {
   if (!options.mask_ignored_latents()) return settings;
   const auto& reconstruction = options.reconstruction();
-  at::Tensor left_out;
-  if (!targets.is_floating_point()) left_out = targets.to(at::kLong) == reconstruction.ignore_index();
-  if (reconstruction.token_weight().defined()) {
-    const at::Tensor without_weight = reconstruction.token_weight() == 0;
-    left_out = left_out.defined() ? left_out | without_weight : without_weight;
-  }
-  if (!left_out.defined()) return settings;
-  left_out = left_out.reshape({-1});
+  const at::Tensor of_targets =
+      left_out_positions(targets, reconstruction.ignore_index(), reconstruction.token_weight());
+  if (!of_targets.defined()) return settings;
+  const at::Tensor left_out = of_targets.reshape({-1});
   settings.token_weight = settings.token_weight.defined() ? settings.token_weight.masked_fill(left_out, 0)
-                                                          : left_out.logical_not().to(widest_type(left_out.device()));
+                                                          : (left_out == 0).to(widest_type(left_out.device()));
   return settings;
 }
 

@@ -13,6 +13,7 @@
 #include "free_transformer/detail/kernels/row_offsets.hpp"
 #include "free_transformer/detail/kernels/vector/parallel_rows.hpp"
 #include "free_transformer/detail/normalization.hpp"
+#include "free_transformer/detail/positions.hpp"
 #include "free_transformer/detail/settings.hpp"
 #if FREE_TRANSFORMER_VECTOR_KERNELS
 #include "free_transformer/detail/kernels/cross_entropy_rows.hpp"
@@ -28,48 +29,34 @@ inline bool takes_cross_entropy(const at::Tensor& logits, const CrossEntropySett
          (logits.stride(-1) == 1 || logits.size(-1) == 1);
 }
 
-/// What the loss of each position is multiplied by on its way to the final value.
-struct CrossEntropyScales {
-  double likelihood = 1, z = 1;
-  double likelihood_weight_sum = 0, token_weight_sum = 0;
-};
-
-/// The scales follow from the targets and weights alone, so that the gradient can be finished in the forward pass.
-inline CrossEntropyScales cross_entropy_scales(const CrossEntropySettings& settings,
-                                               const Normalization& normalization) {
-  const int64_t rows = settings.targets.numel(), ignore_index = settings.ignore_index;
-  const int64_t* targets = settings.targets.data_ptr<int64_t>();
-  const float* token_weight = settings.token_weight.defined() ? settings.token_weight.data_ptr<float>() : nullptr;
-  const float* class_weight = settings.class_weight.defined() ? settings.class_weight.data_ptr<float>() : nullptr;
-  const auto weight = [&](int64_t row) {
-    if (targets[row] == ignore_index) return 0.0;
-    return token_weight ? static_cast<double>(token_weight[row]) : 1.0;
-  };
-  CrossEntropyScales scales;
-  if (token_weight) {
-    scales.token_weight_sum = pairwise_sum(0, rows, weight);
-  } else {
-    scales.token_weight_sum = static_cast<double>(rows - std::count(targets, targets + rows, ignore_index));
-  }
-  scales.likelihood_weight_sum = !class_weight ? scales.token_weight_sum : pairwise_sum(0, rows, [&](int64_t row) {
-    const double of_token = weight(row);
-    return !(of_token > 0) ? 0 : of_token * static_cast<double>(class_weight[targets[row]]);
-  });
-  scales.likelihood = loss_scale(normalization, scales.likelihood_weight_sum, scales.token_weight_sum);
-  scales.z = loss_scale(normalization, scales.token_weight_sum, scales.token_weight_sum);
-  return scales;
+inline PositionWeights position_weights(const CrossEntropySettings& settings) {
+  return {settings.targets.data_ptr<int64_t>(), settings.ignore_index,
+          settings.token_weight.defined() ? settings.token_weight.data_ptr<float>() : nullptr};
 }
 
-/// What is to be said of the rows beside their sums.
-struct WantedOfRows {
-  bool each = false;  ///< the loss and log-sum-exp of each
-  bool prediction = false, entropy = false;
-};
-
-struct CrossEntropyOfRows {
-  CrossEntropyRows rows;  ///< undefined where not asked for
-  at::Tensor sums;        ///< see `ReconstructionSum`
-};
+/// On the host, in one look at targets and weights.
+inline CrossEntropyPositions cross_entropy_positions(const CrossEntropySettings& settings, int64_t /*classes*/,
+                                                     at::ScalarType /*type*/, const Normalization& normalization) {
+  const int64_t rows = settings.targets.numel();
+  const float* class_weight = settings.class_weight.defined() ? settings.class_weight.data_ptr<float>() : nullptr;
+  const PositionWeights weights = position_weights(settings);
+  const double counted =
+      weights.token_weight
+          ? pairwise_sum(0, rows, weights)
+          : static_cast<double>(rows - std::count(weights.targets, weights.targets + rows, weights.ignore_index));
+  const double weight = !class_weight ? counted : pairwise_sum(0, rows, [&](int64_t row) {
+    const double of_token = weights(row);
+    return !(of_token > 0) ? 0 : of_token * static_cast<double>(class_weight[weights.targets[row]]);
+  });
+  CrossEntropyPositions positions;
+  positions.scales = at::empty({reconstruction_scale_count}, settings.targets.options().dtype(at::kDouble));
+  double* scales = positions.scales.data_ptr<double>();
+  scales[scale_of_likelihood] = loss_scale(normalization, weight, counted);
+  scales[scale_of_z] = loss_scale(normalization, counted, counted);
+  scales[weight_of_likelihood] = weight;
+  scales[weight_of_tokens] = counted;
+  return positions;
+}
 
 #if FREE_TRANSFORMER_VECTOR_KERNELS
 /// The job's rows on LibTorch's threads, in blocks whose sums do not depend on how they are split among those.
@@ -95,8 +82,8 @@ inline CrossEntropySums process_rows(const CrossEntropyJob& job, int64_t rows) {
 /// All rows, and their gradient if `gradient` is defined (of the logits' shape and type; it may be the logits).
 /// upstream is [N] float32 and multiplies the scales, or undefined.
 inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
-                                             const CrossEntropyScales& scales, const at::Tensor& gradient,
-                                             const at::Tensor& upstream, WantedOfRows wanted) {
+                                             const CrossEntropyPositions& positions, const at::Tensor& gradient,
+                                             const at::Tensor& upstream, const WantedOfRows& wanted) {
   CrossEntropyOfRows result;
 #if FREE_TRANSFORMER_VECTOR_KERNELS
   const int64_t rows = settings.targets.numel();
@@ -111,9 +98,7 @@ inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const Cro
   job.element = element_of(logits.scalar_type());
   job.logit_rows = &logit_rows;
   job.columns = logits.size(-1);
-  job.targets = settings.targets.data_ptr<int64_t>();
-  job.ignore_index = settings.ignore_index;
-  job.token_weight = numbers(settings.token_weight);
+  job.weights = position_weights(settings);
   job.class_weight = numbers(settings.class_weight);
   job.class_weight_sum = static_cast<double>(job.columns);
   std::vector<double> weight_of_stretch;
@@ -131,34 +116,28 @@ inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const Cro
   job.gradient = gradient.defined() ? gradient.data_ptr() : nullptr;
   job.gradient_rows = &gradient_rows;
   job.upstream = numbers(upstream);
-  job.likelihood_scale = scales.likelihood;
-  job.z_scale = scales.z;
+  const double* scales = positions.scales.data_ptr<double>();
+  job.likelihood_scale = scales[scale_of_likelihood];
+  job.z_scale = scales[scale_of_z];
   job.nll = numbers(result.rows.nll);
   job.likelihood_loss = numbers(result.rows.likelihood_loss);
   job.log_sum_exp = numbers(result.rows.log_sum_exp);
   job.entropy = numbers(result.rows.entropy);
   job.prediction = wanted.prediction ? result.rows.prediction.data_ptr<int64_t>() : nullptr;
   const CrossEntropySums sums = process_rows(job, rows);
+  if (!wanted.sums) return result;
   result.sums = at::empty({reconstruction_sum_count}, logits.options().dtype(at::kDouble));
   double* of = result.sums.data_ptr<double>();
   of[likelihood_loss_sum] = sums.likelihood_loss;
-  of[likelihood_weight_sum] = scales.likelihood_weight_sum;
+  of[likelihood_weight_sum] = scales[weight_of_likelihood];
   of[z_loss_sum] = settings.z_loss > 0 ? settings.z_loss * sums.z_loss : 0;
-  of[token_weight_sum] = scales.token_weight_sum;
+  of[token_weight_sum] = scales[weight_of_tokens];
   of[nll_sum] = sums.nll;
   of[hit_sum] = sums.hits;
 #else
-  TORCH_INTERNAL_ASSERT(false, logits, settings.targets, scales.z, gradient, upstream, wanted.entropy);
+  TORCH_INTERNAL_ASSERT(false, logits, settings.targets, positions.scales, gradient, upstream, wanted.entropy);
 #endif
   return result;
-}
-
-/// Loss of each position, all weights applied, [N].
-inline at::Tensor cross_entropy_losses(const CrossEntropyRows& rows, const CrossEntropySettings& settings) {
-  const at::Tensor loss =
-      settings.z_loss > 0 ? rows.likelihood_loss + settings.z_loss * rows.log_sum_exp.square() : rows.likelihood_loss;
-  if (!settings.token_weight.defined()) return loss;
-  return (loss * settings.token_weight).masked_fill_(settings.token_weight == 0, 0);
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

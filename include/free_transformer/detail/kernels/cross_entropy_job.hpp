@@ -11,6 +11,7 @@
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/kernels/row_offsets.hpp"
 #include "free_transformer/detail/kernels/vector/elements.hpp"
+#include "free_transformer/detail/positions.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
@@ -20,9 +21,7 @@ struct CrossEntropyJob {
   Element element;  ///< of logits and gradient
   const RowOffsets* logit_rows;
   int64_t columns;
-  const int64_t* targets;
-  int64_t ignore_index;
-  const float* token_weight;        ///< [rows]
+  PositionWeights weights;          ///< of the rows
   const float* class_weight;        ///< [columns]
   double class_weight_sum;          ///< columns without class weights
   const double* weight_of_stretch;  ///< sum of the class weights of each stretch
@@ -45,12 +44,8 @@ struct CrossEntropyJob {
   void* gradient_of(int64_t row) const {
     return gradient ? static_cast<char*>(gradient) + (*gradient_rows)(row)*bytes_of(element) : nullptr;
   }
-  double weight_of(int64_t row) const {
-    if (targets[row] == ignore_index) return 0;
-    return token_weight ? static_cast<double>(token_weight[row]) : 1.0;
-  }
   double class_weight_of(int64_t row) const {
-    return class_weight ? static_cast<double>(class_weight[targets[row]]) : 1.0;
+    return class_weight ? static_cast<double>(class_weight[weights.targets[row]]) : 1.0;
   }
 };
 

@@ -63,7 +63,7 @@ template <int lanes>
     if (lane >= count || !(weights[lane] > 0)) continue;
     float* const room = scratch.rows + lane * (most_narrow_columns + most_lanes);
     logits[lane] = widened<lanes>(job.logits_of(begin + lane), job.element, 0, job.columns, room);
-    target_columns[lane] = static_cast<int32_t>(job.targets[begin + lane]);
+    target_columns[lane] = static_cast<int32_t>(job.weights.targets[begin + lane]);
     target_logits[lane] = logits[lane][target_columns[lane]];
   }
 
@@ -103,7 +103,7 @@ template <int lanes>
     rows[lane].target_exponential = static_cast<double>(parts[2][lane]);
     rows[lane].surprise_of_prediction = static_cast<double>(parts[3][lane]);
     if (job.prediction && weights[lane] > 0) {
-      const int64_t target = job.targets[begin + lane], other = predictions[lane];
+      const int64_t target = job.weights.targets[begin + lane], other = predictions[lane];
       rows[lane].prediction = target_logits[lane] >= parts[0][lane] ? std::min(target, other) : other;
       if (rows[lane].prediction == job.columns) rows[lane].prediction = target;  // of NaN
     }

@@ -239,7 +239,7 @@ template <int lanes>
     logarithm_of_one_plus<4>(log_sum);
     log_sum_exp = static_cast<double>(row.maximum) + static_cast<double>(log_sum.values[0]);
   }
-  const int64_t target = job.targets[index];
+  const int64_t target = job.weights.targets[index];
   const double target_weight = job.class_weight_of(index);
   const double upstream = weight * (job.upstream ? static_cast<double>(job.upstream[index]) : 1.0);
   const double of_likelihood = upstream * job.likelihood_scale * (1 - job.label_smoothing) * target_weight;
@@ -274,7 +274,7 @@ template <int lanes>
 template <int lanes>
 [[gnu::always_inline]] inline CrossEntropyRow process_row(const CrossEntropyJob& job, int64_t index, double weight,
                                                           CrossEntropyScratch& scratch) {
-  const int64_t target = job.targets[index];
+  const int64_t target = job.weights.targets[index];
   void* const gradient = job.gradient_of(index);
   const void* const logits = job.logits_of(index);
   float target_logit = load_number(logits, job.element, target);

@@ -44,7 +44,7 @@ inline void finish_row(const CrossEntropyJob& job, int64_t index, double weight,
   }
   if (job.prediction) {
     job.prediction[index] = row.prediction;
-    if (row.prediction == job.targets[index]) sums.hits += weight;
+    if (row.prediction == job.weights.targets[index]) sums.hits += weight;
   }
   if (job.entropy) {  // -sum_c p_c log p_c with -log p_c = log_sum + maximum - x_c: no term is negative, none cancels
     double of_target = row.target_exponential * static_cast<double>(row.maximum - row.target_logit);
@@ -61,7 +61,7 @@ template <int lanes>
   double weights[size_t{rows_of_group}] = {};
   CrossEntropyRow rows[size_t{rows_of_group}];
   alignas(64) float log_sums[size_t{rows_of_group}] = {};
-  for (int64_t index = begin; index < end; ++index) weights[index - begin] = job.weight_of(index);
+  for (int64_t index = begin; index < end; ++index) weights[index - begin] = job.weights(index);
   if (is_narrow) {
     for (int64_t index = begin; index < end; index += lanes) {
       process_narrow_rows<lanes>(job, index, std::min<int64_t>(end, index + lanes), weights + (index - begin), scratch,

@@ -30,33 +30,32 @@ inline bool takes_latent_kl(const at::Tensor& z_logits, const LatentSettings& se
          (z_logits.stride(-1) == 1 || z_logits.size(-1) == 1);
 }
 
-struct LatentRows {
-  at::Tensor sums;      ///< see `LatentSum`
-  at::Tensor penalty;   ///< [N] float32, weighted, or undefined
-  at::Tensor gradient;  ///< of the shape and type of z_logits, or undefined
-};
-
 /// Mean over the batch of a position's KL, from its sums.
-inline double mean_kl(const LatentRows& rows) {
-  const double* sums = rows.sums.data_ptr<double>();
+inline double mean_kl(const at::Tensor& sums_) {
+  const double* sums = sums_.data_ptr<double>();
   double kl = 0;
-  for (int64_t bit = latent_sum_count; bit < rows.sums.numel(); ++bit) kl += sums[bit];
+  for (int64_t bit = latent_sum_count; bit < sums_.numel(); ++bit) kl += sums[bit];
   return kl / sums[latent_weight_sum];
 }
 
 /// The hinge of the batch's mean is known last: below it nothing counts.
 inline void close_if_below_budget(double free_bits, LatentRows& rows) {
-  if (!(mean_kl(rows) < free_bits)) return;
+  if (!(mean_kl(rows.sums) < free_bits)) return;
   rows.sums.data_ptr<double>()[penalty_sum] = 0;
   if (rows.penalty.defined()) rows.penalty.zero_();
   if (rows.gradient.defined()) rows.gradient.zero_();
 }
 
-inline double latent_weight(const at::Tensor& z_logits, const LatentSettings& settings) {
+/// What every penalty is multiplied by on its way to the loss: 0-dim float64.
+inline at::Tensor latent_scale(const at::Tensor& z_logits, const LatentSettings& settings,
+                               const Normalization& normalization) {
   const int64_t rows = z_logits.numel() / z_logits.size(-1);
-  if (!settings.token_weight.defined()) return static_cast<double>(rows);
-  const double* weights = settings.token_weight.data_ptr<double>();
-  return pairwise_sum(0, rows, [&](int64_t row) { return weights[row]; });
+  double weight = static_cast<double>(rows);
+  if (settings.token_weight.defined()) {
+    const double* weights = settings.token_weight.data_ptr<double>();
+    weight = pairwise_sum(0, rows, [&](int64_t row) { return weights[row]; });
+  }
+  return at::scalar_tensor(loss_scale(normalization, weight, weight), z_logits.options().dtype(at::kDouble));
 }
 
 #if FREE_TRANSFORMER_VECTOR_KERNELS
@@ -86,16 +85,15 @@ inline void process_positions(const LatentJob& job, int64_t positions, double* s
 }
 #endif
 
-/// All positions. Every penalty is multiplied by `scale` on its way to the loss; upstream is [N] float64 and multiplies
-/// that, or undefined.
-inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const LatentSettings& settings, double scale,
-                              const at::Tensor& upstream, bool wants_penalty, bool wants_gradient) {
+/// All positions. upstream is [N] float64 and multiplies the scale, or undefined.
+inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const LatentSettings& settings,
+                              const at::Tensor& scale, const at::Tensor& upstream, const WantedOfLatents& wanted) {
 #if FREE_TRANSFORMER_VECTOR_KERNELS
   const int64_t bits = z_logits.size(-1), rows = z_logits.numel() / bits;
   LatentRows result;
   result.sums = at::zeros({latent_sum_count + bits}, z_logits.options().dtype(at::kDouble));
-  if (wants_penalty) result.penalty = at::empty({rows}, z_logits.options().dtype(at::kFloat));
-  if (wants_gradient) result.gradient = empty_on_large_pages(z_logits.sizes(), z_logits.options());
+  if (wanted.penalty) result.penalty = at::empty({rows}, z_logits.options().dtype(at::kFloat));
+  if (wanted.gradient) result.gradient = empty_on_large_pages(z_logits.sizes(), z_logits.options());
   const RowOffsets z_rows(z_logits);
   LatentJob job{};
   job.z_logits = z_logits.data_ptr();
@@ -105,16 +103,16 @@ inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const Lat
   job.hinge = hinge;
   job.free_bits = settings.free_bits;
   job.token_weight = settings.token_weight.defined() ? settings.token_weight.data_ptr<double>() : nullptr;
-  job.gradient = wants_gradient ? result.gradient.data_ptr() : nullptr;
+  job.gradient = wanted.gradient ? result.gradient.data_ptr() : nullptr;
   job.upstream = upstream.defined() ? upstream.data_ptr<double>() : nullptr;
-  job.scale = scale;
-  job.penalty = wants_penalty ? result.penalty.data_ptr<float>() : nullptr;
+  job.scale = host_value(scale);
+  job.penalty = wanted.penalty ? result.penalty.data_ptr<float>() : nullptr;
   process_positions(job, rows, result.sums.data_ptr<double>());
   if (hinge == Hinge::batch_mean) close_if_below_budget(settings.free_bits, result);
   return result;
 #else
-  TORCH_INTERNAL_ASSERT(false, int(hinge), z_logits, settings.free_bits, scale, upstream, wants_penalty,
-                        wants_gradient);
+  TORCH_INTERNAL_ASSERT(false, int(hinge), z_logits, settings.free_bits, scale, upstream, wanted.penalty,
+                        wanted.gradient);
 #endif
 }
 

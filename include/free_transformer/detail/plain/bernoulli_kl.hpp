@@ -6,9 +6,8 @@
 
 #include <cmath>
 
+#include "free_transformer/detail/autograd/optional_tensor.hpp"
 #include "free_transformer/detail/compilation.hpp"
-#include "free_transformer/detail/optional_tensor.hpp"
-#include "free_transformer/detail/plain/row_blocks.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 

@@ -4,61 +4,58 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <tuple>
+#include <utility>
+#include <vector>
 
+#include "free_transformer/detail/arithmetic.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
+#include "free_transformer/detail/positions.hpp"
 #include "free_transformer/detail/settings.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
-/// What the targets alone say of each position, [N].
-struct CrossEntropyPositions {
-  at::Tensor counted;        ///< bool: neither ignored nor of weight 0
-  at::Tensor token_weight;   ///< u, 0 where not counted; NaN where the target is out of range
-  at::Tensor class_index;    ///< the target, 0 where there is none; undefined for probabilities
-  at::Tensor target_weight;  ///< w_y, 1 for probabilities
-};
+/// Values, or rows of them, with 0 where a position is left out: a product with 0 would let a NaN through.
+inline at::Tensor without_left_out(const at::Tensor& values, const CrossEntropyPositions& positions) {
+  if (!positions.left_out.defined()) return values;
+  return values.masked_fill(values.dim() == 2 ? positions.left_out.unsqueeze(1) : positions.left_out, 0);
+}
+
+/// See `ReconstructionScale`.
+inline at::Tensor reconstruction_scales(const CrossEntropyPositions& positions, const Normalization& normalization) {
+  const at::Tensor& u = positions.token_weight;
+  const auto wide = widest_type(u.device());
+  const at::Tensor counted = ordered_sum(u, wide), of_z = loss_scale(normalization, counted, counted);
+  if (!positions.target_weight.defined()) return at::stack({of_z, of_z, counted, counted});
+  const at::Tensor weight = ordered_sum(u * positions.target_weight, wide);
+  return at::stack({loss_scale(normalization, weight, counted), of_z, weight, counted});
+}
 
 inline CrossEntropyPositions cross_entropy_positions(const CrossEntropySettings& settings, int64_t classes,
-                                                     at::ScalarType type) {
+                                                     at::ScalarType type, const Normalization& normalization) {
   CrossEntropyPositions positions;
-  const int64_t rows = settings.targets.size(0);
-  const auto options = settings.targets.options().dtype(type);
-  positions.token_weight = settings.token_weight.defined() ? settings.token_weight : at::ones({rows}, options);
-  positions.counted = positions.token_weight != 0;
-  positions.target_weight = at::ones({1}, options).expand({rows});
-  if (!settings.has_probabilities()) {
-    positions.counted = positions.counted & (settings.targets != settings.ignore_index);
-    const at::Tensor in_range = (settings.targets >= 0) & (settings.targets < classes);
-    positions.class_index = settings.targets.masked_fill(~(in_range & positions.counted), 0);
-    // Reading the targets would stall a device's stream, so a wrong one must show in the result, as a NaN that LibTorch
-    // makes: under -ffast-math this unit has none.
-    positions.token_weight = positions.token_weight + (in_range.to(type) - 1).sqrt_();
+  const at::Tensor& targets = settings.targets;
+  positions.left_out = left_out_positions(targets, settings.ignore_index, settings.token_weight);
+  if (settings.has_probabilities()) {
+    positions.token_weight = settings.token_weight.defined()
+                                 ? settings.token_weight
+                                 : at::ones({targets.size(0)}, targets.options().dtype(type));
+  } else {
+    positions.class_index = targets.clamp(0, classes - 1);
     if (settings.class_weight.defined()) {
       positions.target_weight = settings.class_weight.index_select(0, positions.class_index);
     }
+    // Reading the targets would stall a device's stream, so a wrong one must show in the result: cos(log 1) = 1 and
+    // cos(log 0) is a NaN that LibTorch makes, as under -ffast-math this unit has none.
+    at::Tensor weight = (positions.class_index == targets).to(type).log_().cos_();
+    if (settings.token_weight.defined()) weight.mul_(settings.token_weight);
+    positions.token_weight = weight.masked_fill_(positions.left_out, 0);
   }
-  positions.token_weight = positions.token_weight.masked_fill(~positions.counted, 0);
+  positions.scales = reconstruction_scales(positions, normalization);
   return positions;
 }
-
-/// What the losses of all positions are multiplied by on their way to the final value: 0-dim, in the widest type.
-struct LossScales {
-  at::Tensor likelihood, z;
-};
-
-inline LossScales loss_scales(const CrossEntropyPositions& positions, const Normalization& normalization) {
-  const at::Tensor& u = positions.token_weight;
-  const at::Tensor sums = ordered_sum(at::stack({u * positions.target_weight, u}).to(widest_type(u.device())));
-  return {loss_scale(normalization, sums[0], sums[1]), loss_scale(normalization, sums[1], sums[1])};
-}
-
-/// With the largest logit as the pivot: sums that leave it out keep the relative accuracy of a confident model.
-struct PivotedRows : CrossEntropyRows {
-  at::Tensor maximum;  ///< [N], the largest logit; `prediction` is its class
-  at::Tensor others;   ///< [N], sum of exp(x_j - maximum) over the other classes
-};
 
 /// The logits of a block in the type of arithmetic, capped.
 inline at::Tensor arithmetic_logits(const at::Tensor& block, double softcap) {
@@ -88,191 +85,223 @@ inline at::Tensor weighted_surprise(const at::Tensor& weight, const at::Tensor& 
   return sum_of_rows((weight * surprise).masked_fill_(weight == 0, 0));
 }
 
-inline PivotedRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
-                                      const CrossEntropyPositions& positions, bool with_entropy) {
-  const auto type = arithmetic_type(logits.scalar_type());
-  const int64_t classes = logits.size(-1);
-  const auto options = logits.options().dtype(type);
-  const auto empty = [&](at::ScalarType of_type) {
-    return at::empty({settings.targets.size(0)}, options.dtype(of_type));
-  };
-  PivotedRows rows{{empty(type), empty(type), empty(type), empty(at::kLong), with_entropy ? empty(type) : at::Tensor()},
-                   empty(type),
-                   empty(type)};
-  for_each_row_block(logits, 0, [&](const at::Tensor& block, int64_t first) {
-    const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
-    const at::Tensor x = arithmetic_logits(block, settings.softcap);
-    const auto [maximum, pivot] = x.max(-1, /*keepdim=*/true);
-    const at::Tensor exponentials = (x - maximum).exp_();
-    const at::Tensor others = sum_of_rows(exponentials.scatter(1, pivot, 0));
-    const at::Tensor log_sum = others.log1p();
-    if (with_entropy) {  // -log p_c = log_sum + m - x_c: no term is negative, and none cancels
-      part(rows.entropy).copy_(log_sum + weighted_surprise(exponentials, maximum - x) / (1 + others));
+/// The softmax of a block of logits around a class of each row: its target, or the most likely class where the targets are
+/// probabilities. A sum that leaves this pivot out keeps the relative accuracy of a confident model, and p_pivot / total
+/// the accuracy that LibTorch's own sum may lack.
+struct PivotedSoftmax {
+  at::Tensor logits;               ///< [rows, V], capped, in the type of arithmetic
+  at::Tensor maximum, prediction;  ///< [rows, 1]
+  at::Tensor pivot;                ///< [rows, 1], its class
+  at::Tensor probabilities;        ///< [rows, V], 0 at the pivot
+  at::Tensor p_pivot, others;      ///< [rows, 1], and the sum of the other probabilities
+  at::Tensor below;                ///< [rows, 1], x_pivot - maximum
+  at::Tensor log_sum;              ///< [rows, 1], log sum_j exp(x_j - maximum)
+
+  at::Tensor total() const { return others + p_pivot; }
+};
+
+/// `room`, if it is defined, is where the probabilities go.
+inline PivotedSoftmax pivoted_softmax(const at::Tensor& block, double softcap, const at::Tensor& class_index,
+                                      at::Tensor room) {
+  PivotedSoftmax of;
+  of.logits = arithmetic_logits(block, softcap);
+  std::tie(of.maximum, of.prediction) = of.logits.max(-1, /*keepdim=*/true);
+  of.pivot = class_index.defined() ? class_index.unsqueeze(1) : of.prediction;
+  of.probabilities =
+      room.defined() ? at::_softmax_out(room, of.logits, -1, /*half_to_float=*/false) : of.logits.softmax(-1);
+  const at::Tensor p_maximum = of.probabilities.gather(1, of.prediction);
+  of.p_pivot = class_index.defined() ? of.probabilities.gather(1, of.pivot) : p_maximum;
+  of.probabilities.scatter_(1, of.pivot, 0);
+  of.others = sum_of_rows(of.probabilities).unsqueeze(1);
+  of.below = of.logits.gather(1, of.pivot).sub_(of.maximum);
+  of.log_sum = (of.others / p_maximum).add_(of.below.expm1()).log1p_();
+  return of;
+}
+
+/// The losses of a block's rows.
+inline CrossEntropyRows rows_of_block(const PivotedSoftmax& of, const CrossEntropySettings& settings,
+                                      const CrossEntropyPositions& positions, const WantedOfRows& wanted) {
+  CrossEntropyRows rows;
+  const auto flat = [](const at::Tensor& values) { return values.squeeze(1); };
+  const bool is_weighted = settings.class_weight.defined() || settings.label_smoothing > 0;
+  // maximum - x before log_sum is added: lse - x would lose the digits to a large offset that all logits share.
+  const auto surprise = [&] { return (of.maximum - of.logits).add_(of.log_sum); };
+  if (settings.has_probabilities()) {
+    const at::Tensor probabilities = settings.targets.to(of.logits.scalar_type()), surprises = surprise();
+    rows.nll = weighted_surprise(probabilities, surprises);
+    rows.likelihood_loss =
+        is_weighted
+            ? weighted_surprise(smoothed_probabilities(probabilities, settings, probabilities.scalar_type()), surprises)
+            : rows.nll;
+  } else {
+    rows.nll = flat(of.log_sum - of.below);
+    rows.likelihood_loss = rows.nll;
+    if (positions.target_weight.defined()) {
+      rows.likelihood_loss = (positions.target_weight * rows.nll).masked_fill_(positions.target_weight == 0, 0);
     }
-    at::Tensor nll, likelihood_loss;
-    // m - x before log_sum is added: lse - x would lose the digits to a large offset that all logits share.
-    if (settings.has_probabilities()) {
-      const at::Tensor surprise = (maximum - x).add_(log_sum.unsqueeze(1));
-      const at::Tensor probabilities = part(settings.targets).to(type);
-      nll = weighted_surprise(probabilities, surprise);
-      likelihood_loss = settings.class_weight.defined() || settings.label_smoothing > 0
-                            ? weighted_surprise(smoothed_probabilities(probabilities, settings, type), surprise)
-                            : nll;
-    } else {
-      const at::Tensor target_weight = part(positions.target_weight);
-      nll = (maximum - x.gather(1, part(positions.class_index).unsqueeze(1))).squeeze(1) + log_sum;
-      likelihood_loss = (target_weight * nll).masked_fill_(target_weight == 0, 0) * (1 - settings.label_smoothing);
-      if (settings.label_smoothing > 0) {
-        const at::Tensor surprise = (maximum - x).add_(log_sum.unsqueeze(1));
-        likelihood_loss += (settings.class_weight.defined() ? weighted_surprise(settings.class_weight, surprise)
-                                                            : sum_of_rows(surprise)) *
-                           (settings.label_smoothing / static_cast<double>(classes));
-      }
+    if (settings.label_smoothing > 0) {
+      const at::Tensor spread = settings.class_weight.defined() ? weighted_surprise(settings.class_weight, surprise())
+                                                                : sum_of_rows(surprise());
+      rows.likelihood_loss = rows.likelihood_loss * (1 - settings.label_smoothing) +
+                             spread * (settings.label_smoothing / static_cast<double>(of.logits.size(1)));
     }
-    part(rows.prediction).copy_(pivot.squeeze(1));
-    part(rows.maximum).copy_(maximum.squeeze(1));
-    part(rows.log_sum_exp).copy_(maximum.squeeze(1) + log_sum);
-    part(rows.others).copy_(others);
-    part(rows.nll).copy_(nll);
-    part(rows.likelihood_loss).copy_(likelihood_loss);
-  });
-  const at::Tensor left_out = ~positions.counted;
-  for (at::Tensor* values : {&rows.nll, &rows.likelihood_loss, &rows.log_sum_exp, &rows.prediction, &rows.maximum,
-                             &rows.others, &rows.entropy}) {
-    if (values->defined()) values->masked_fill_(left_out, 0);
+  }
+  if (wanted.each || settings.z_loss > 0) rows.log_sum_exp = flat(of.maximum + of.log_sum);
+  if (wanted.prediction) rows.prediction = flat(of.prediction);
+  if (wanted.entropy) {  // -log p_c = log_sum + maximum - x_c: no term is negative, and none cancels
+    const at::Tensor of_pivot = (of.p_pivot * of.below).masked_fill_(of.p_pivot == 0, 0);
+    const at::Tensor of_others = weighted_surprise(of.probabilities, of.maximum - of.logits);
+    rows.entropy = flat(of.log_sum) + (of_others - flat(of_pivot)) / flat(of.total());
   }
   return rows;
 }
 
-/// Loss of each position, [N]: the likelihood part and the z-loss part, which a mean divides by different weights.
-struct CrossEntropyLosses {
-  at::Tensor likelihood;
-  at::Tensor z;  ///< undefined without z-loss
-
-  at::Tensor sum() const { return z.defined() ? likelihood + z : likelihood; }
-};
-
-inline CrossEntropyLosses cross_entropy_losses(const CrossEntropyRows& rows, const CrossEntropySettings& settings,
-                                               const CrossEntropyPositions& positions) {
-  const auto weighted = [&](const at::Tensor& values) {
-    return (positions.token_weight * values).masked_fill_(~positions.counted, 0);
-  };
-  CrossEntropyLosses losses{weighted(rows.likelihood_loss), {}};
-  if (settings.z_loss > 0) losses.z = weighted(rows.log_sum_exp.square()) * settings.z_loss;
-  return losses;
-}
-
-/// True where the most likely class is the target, or the most likely class of the target's probabilities.
-inline at::Tensor hits(const CrossEntropyRows& rows, const CrossEntropySettings& settings,
-                       const CrossEntropyPositions& positions) {
-  const at::Tensor wanted = settings.has_probabilities() ? settings.targets.argmax(-1) : positions.class_index;
-  return (rows.prediction == wanted) & positions.counted;
-}
-
-/// The sums of `ReconstructionSum`, in its order; hits are counted only if asked for, as probabilities make them
-/// costly.
-inline at::Tensor reconstruction_sums(const CrossEntropyRows& rows, const CrossEntropyLosses& losses,
-                                      const CrossEntropySettings& settings, const CrossEntropyPositions& positions,
-                                      bool count_hits) {
-  const at::Tensor& u = positions.token_weight;
-  const at::Tensor none = at::zeros_like(u);
-  const at::Tensor nll = (u * rows.nll).masked_fill_(~positions.counted, 0);
-  return ordered_sum(at::stack({losses.likelihood, u * positions.target_weight, losses.z.defined() ? losses.z : none, u,
-                                nll, count_hits ? u * hits(rows, settings, positions) : none})
-                         .to(widest_type(u.device())));
-}
-
-/// The loss from its sums: the likelihood part and the z-loss have divisors of their own.
-inline at::Tensor reduced_loss(const at::Tensor& sums, const Normalization& normalization) {
-  const at::Tensor counted = sums[token_weight_sum];
-  return sums[likelihood_loss_sum] * loss_scale(normalization, sums[likelihood_weight_sum], counted) +
-         sums[z_loss_sum] * loss_scale(normalization, counted, counted);
-}
-
-/// Gradient to the logits, of their shape and type. likelihood_scale and z_scale are what each part of a position's
-/// loss is multiplied by on its way to the final value: [N] or 0-dim, in the type of arithmetic.
-inline at::Tensor cross_entropy_gradient(const at::Tensor& logits, const CrossEntropySettings& settings,
-                                         const CrossEntropyPositions& positions, const PivotedRows& rows,
-                                         const at::Tensor& likelihood_scale, const at::Tensor& z_scale) {
-  const auto type = arithmetic_type(logits.scalar_type());
-  const int64_t classes = logits.size(-1);
+/// Turns the probabilities into the gradient of their logits. In general total_coefficient p_c - coefficient_c, which for
+/// the pivot is (total_coefficient - coefficient) p - coefficient (1 - p): neither a small p nor a small 1 - p is a
+/// difference. `scale` is what each part of a position's loss is multiplied by: its weight is applied here.
+inline at::Tensor gradient_of_block(const PivotedSoftmax& of, const at::Tensor& block, const at::Tensor& log_sum_exp,
+                                    const CrossEntropySettings& settings, const CrossEntropyPositions& positions,
+                                    const at::Tensor& likelihood_scale, const at::Tensor& z_scale) {
   const auto column = [](const at::Tensor& values) { return values.unsqueeze(1); };
-  const at::Tensor gradient = at::empty(logits.sizes(), logits.options());
-  const at::Tensor gradient_rows = gradient.view({-1, classes});
-
+  const auto type = of.logits.scalar_type();
   const at::Tensor likelihood = positions.token_weight * likelihood_scale;
-  const at::Tensor at_target = likelihood * positions.target_weight * (1 - settings.label_smoothing);
-  const at::Tensor of_z = positions.token_weight * z_scale * rows.log_sum_exp * (2 * settings.z_loss);
-  const at::Tensor spread = likelihood * (settings.label_smoothing / static_cast<double>(classes));
-  at::Tensor left_out = ~positions.counted;
-  if (!(settings.z_loss > 0 || settings.label_smoothing > 0)) left_out = left_out | (positions.target_weight == 0);
-
-  for_each_row_block(logits, 0, [&](const at::Tensor& block, int64_t first) {
-    const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
-    const at::Tensor pivot = column(part(rows.prediction));
-    const at::Tensor others = part(rows.others);
-    const at::Tensor x = arithmetic_logits(block, settings.softcap);
-    at::Tensor target =
-        part(gradient_rows);  // written directly where no rounding is due: no memory beside the gradient
-    at::Tensor g = target.scalar_type() == type ? at::sub_out(target, x, column(part(rows.maximum)))
-                                                : x - column(part(rows.maximum));
-    g.exp_();
-    at::Tensor at_pivot, rest,
-        total;  // coefficients of lse - x_c: of the pivot, summed over c != pivot, and over all c
-    if (settings.has_probabilities()) {
-      const at::Tensor coefficients =
-          smoothed_probabilities(part(settings.targets), settings, type) * column(part(likelihood));
-      total = sum_of_rows(coefficients) + part(of_z);
-      rest = sum_of_rows(coefficients.scatter(1, pivot, 0)) + part(of_z);
-      at_pivot = coefficients.gather(1, pivot).squeeze(1);
-      g.mul_(column(total / (1 + others))).sub_(coefficients);
-    } else {
-      const at::Tensor class_index = part(positions.class_index);
-      const at::Tensor target_part = part(at_target);
-      const at::Tensor hit = class_index == part(rows.prediction);
-      rest = part(of_z) + target_part.masked_fill(hit, 0);
-      at_pivot = target_part.masked_fill(hit.logical_not(), 0);
-      total = part(of_z) + target_part;
-      if (settings.label_smoothing > 0) {
-        const at::Tensor weight =
-            settings.class_weight.defined() ? settings.class_weight : at::ones({classes}, x.options());
-        const at::Tensor weight_sum = ordered_sum(weight);
-        const at::Tensor weight_of_pivot = weight.index_select(0, part(rows.prediction));
-        rest = rest + part(spread) * (weight_sum - weight_of_pivot);
-        at_pivot = at_pivot + part(spread) * weight_of_pivot;
-        total = total + part(spread) * weight_sum;
-        g.mul_(column(total / (1 + others))).addcmul_(column(part(spread)), weight, -1);
-      } else {
-        g.mul_(column(total / (1 + others)));
-      }
-      g.scatter_add_(1, column(class_index), column(-target_part));
+  const double share = settings.label_smoothing / static_cast<double>(of.logits.size(1));
+  at::Tensor coefficients, of_pivot, beside;  // of every class; of the pivot; summed over the other classes, if not 0
+  if (settings.has_probabilities()) {
+    coefficients = smoothed_probabilities(settings.targets, settings, type) * column(likelihood);
+    of_pivot = coefficients.gather(1, of.pivot);
+    beside = column(sum_of_rows(coefficients.scatter(1, of.pivot, 0)));
+  } else {
+    of_pivot = column(positions.target_weight.defined() ? likelihood * positions.target_weight : likelihood);
+    if (settings.label_smoothing > 0) {
+      const at::Tensor spread = column(likelihood * share);
+      const at::Tensor weight =
+          settings.class_weight.defined() ? settings.class_weight : at::ones({of.logits.size(1)}, of.logits.options());
+      const at::Tensor at_pivot = spread * weight.index_select(0, of.pivot.squeeze(1)).unsqueeze(1);
+      of_pivot = of_pivot * (1 - settings.label_smoothing) + at_pivot;
+      coefficients = spread * weight;
+      beside = spread * ordered_sum(weight, type) - at_pivot;
     }
-    // total p - coefficient at the pivot, where p = 1/(1 + others): neither a small p nor a small 1 - p is a difference
-    g.scatter_(1, pivot, column((rest - at_pivot * others) / (1 + others)));
-    if (settings.softcap > 0) g.mul_(softcap_derivative(block, settings.softcap));
-    g.masked_fill_(column(part(left_out)), 0);
-    if (g.scalar_type() != target.scalar_type()) target.copy_(g);
-  });
+  }
+  if (settings.z_loss > 0) {
+    const at::Tensor of_z = column(positions.token_weight * z_scale * log_sum_exp * (2 * settings.z_loss));
+    beside = beside.defined() ? beside + of_z : of_z;
+  }
+  const at::Tensor inverse = of.total().reciprocal_();
+  at::Tensor gradient = of.probabilities, at_pivot = of.others * (of_pivot * inverse).neg_();
+  gradient.mul_((beside.defined() ? of_pivot + beside : of_pivot) * inverse);
+  if (coefficients.defined()) gradient.sub_(coefficients);
+  if (beside.defined()) at_pivot.add_(beside * (of.p_pivot * inverse));
+  gradient.scatter_(1, of.pivot, at_pivot);
+  if (settings.softcap > 0) gradient.mul_(softcap_derivative(block, settings.softcap));
+  if (positions.left_out.defined()) gradient.masked_fill_(column(positions.left_out), 0);
+  const bool has_no_loss = positions.target_weight.defined() && !beside.defined();  // whatever its logits
+  if (has_no_loss) gradient.masked_fill_(column(positions.target_weight == 0), 0);
   return gradient;
 }
 
-/// The same gradient as a differentiable expression of logits and scales, for a backward through the backward. It holds
-/// several tensors of the logits' size.
+/// sum_c weight of each position, without those that are left out.
+inline at::Tensor weighted_sum(const at::Tensor& values, const CrossEntropyPositions& positions) {
+  return ordered_sum(without_left_out(positions.token_weight * values, positions), widest_type(values.device()));
+}
+
+/// True where the most likely class is the target, or the most likely class of the target's probabilities.
+inline at::Tensor hits(const at::Tensor& prediction, const CrossEntropySettings& settings,
+                       const CrossEntropyPositions& positions) {
+  const at::Tensor hit =
+      prediction == (settings.has_probabilities() ? settings.targets.argmax(-1) : positions.class_index);
+  return without_left_out(hit, positions);
+}
+
+/// See `ReconstructionSum`.
+inline at::Tensor reconstruction_sums(const CrossEntropyRows& rows, const CrossEntropySettings& settings,
+                                      const CrossEntropyPositions& positions) {
+  const at::Tensor none = at::zeros({}, positions.scales.options());
+  const at::Tensor likelihood = weighted_sum(rows.likelihood_loss, positions);
+  const bool is_nll = rows.nll.is_same(rows.likelihood_loss);
+  return at::stack(
+      {likelihood, positions.scales[weight_of_likelihood],
+       settings.z_loss > 0 ? weighted_sum(rows.log_sum_exp.square(), positions) * settings.z_loss : none,
+       positions.scales[weight_of_tokens], is_nll ? likelihood : weighted_sum(rows.nll, positions),
+       rows.prediction.defined() ? weighted_sum(hits(rows.prediction, settings, positions), positions) : none});
+}
+
+/// The rows of blocks as those of the whole.
+inline CrossEntropyRows joined(const std::vector<CrossEntropyRows>& blocks, const at::TensorOptions& options) {
+  if (blocks.empty()) {
+    const at::Tensor none = at::empty({0}, options);
+    return {none, none, none, none.to(at::kLong), none};
+  }
+  const auto join = [&](at::Tensor CrossEntropyRows::*values) {
+    std::vector<at::Tensor> parts;
+    for (const auto& block : blocks) parts.push_back(block.*values);
+    if (parts.size() == 1 || !parts[0].defined()) return parts[0];
+    return at::cat(parts);
+  };
+  const bool is_nll = blocks[0].nll.is_same(blocks[0].likelihood_loss);
+  const at::Tensor nll = join(&CrossEntropyRows::nll);
+  return {nll, is_nll ? nll : join(&CrossEntropyRows::likelihood_loss), join(&CrossEntropyRows::log_sum_exp),
+          join(&CrossEntropyRows::prediction), join(&CrossEntropyRows::entropy)};
+}
+
+/// All rows, and their gradient if `gradient` is defined: contiguous, of the logits' shape and type; it may be the
+/// logits. upstream is [N] in the type of arithmetic and multiplies the scales, or undefined.
+inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
+                                             const CrossEntropyPositions& positions, const at::Tensor& gradient,
+                                             const at::Tensor& upstream, const WantedOfRows& wanted) {
+  const auto type = arithmetic_type(logits.scalar_type());
+  const bool is_written_at_once = gradient.defined() && gradient.scalar_type() == type && !gradient.is_same(logits);
+  at::Tensor likelihood, z, gradient_rows;  // what the parts of each position's loss are multiplied by
+  if (gradient.defined()) {
+    gradient_rows = gradient.view({-1, logits.size(-1)});
+    const at::Tensor scales = positions.scales.to(type);
+    likelihood = scales[scale_of_likelihood].expand(settings.targets.size(0));
+    z = scales[scale_of_z].expand(settings.targets.size(0));
+    if (upstream.defined()) likelihood = upstream * likelihood, z = upstream * z;
+  }
+  std::vector<CrossEntropyRows> blocks;
+  for_each_row_block(logits, 0, [&](const at::Tensor& block, int64_t first) {
+    const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
+    const auto of_settings = part_of(settings, part);
+    const auto of_positions = part_of(positions, part);
+    const auto softmax = pivoted_softmax(block, settings.softcap, of_positions.class_index,
+                                         is_written_at_once ? part(gradient_rows) : at::Tensor());
+    CrossEntropyRows rows = rows_of_block(softmax, of_settings, of_positions, wanted);
+    if (gradient.defined()) {
+      const at::Tensor of_block =
+          gradient_of_block(softmax, block, rows.log_sum_exp, of_settings, of_positions, part(likelihood), part(z));
+      if (!is_written_at_once) part(gradient_rows).copy_(of_block);
+    }
+    blocks.push_back(std::move(rows));
+  });
+  CrossEntropyOfRows result{joined(blocks, logits.options().dtype(type)), {}};
+  CrossEntropyRows& rows = result.rows;
+  if (wanted.each || wanted.prediction || wanted.entropy) {
+    for (at::Tensor* values : {&rows.nll, &rows.likelihood_loss, &rows.log_sum_exp, &rows.prediction, &rows.entropy}) {
+      if (values->defined()) *values = without_left_out(*values, positions);
+    }
+  }
+  if (wanted.sums) result.sums = reconstruction_sums(rows, settings, positions);
+  return result;
+}
+
+/// The same gradient as a differentiable expression of logits and upstream ([N] or 0-dim), for a backward through the
+/// backward, with the scales of the loss. It holds several tensors of the logits' size.
 inline at::Tensor differentiable_cross_entropy_gradient(const at::Tensor& logits, const CrossEntropySettings& settings,
-                                                        const CrossEntropyPositions& positions,
-                                                        const at::Tensor& likelihood_scale, const at::Tensor& z_scale) {
+                                                        const at::Tensor& wide_scales, const at::Tensor& upstream) {
   const int64_t classes = logits.size(-1);
   const auto type = arithmetic_type(logits.scalar_type());
   const auto column = [](const at::Tensor& values) { return values.unsqueeze(1); };
-  const at::Tensor left_out = column(~positions.counted);
-  at::Tensor x = logits.reshape({-1, classes}).to(type).masked_fill(left_out, 0);
+  const auto positions = cross_entropy_positions(settings, classes, type, Normalization());
+  const at::Tensor weighted = upstream * positions.token_weight, scales = wide_scales.to(type);
+  const at::Tensor likelihood = weighted * scales[scale_of_likelihood];
+  at::Tensor x = without_left_out(logits.reshape({-1, classes}).to(type), positions);
   at::Tensor cap_derivative;
   if (settings.softcap > 0) {
     const at::Tensor tanh = (x / settings.softcap).tanh();
     cap_derivative = 1 - tanh.square();
     x = tanh * settings.softcap;
   }
-  const at::Tensor likelihood = positions.token_weight * likelihood_scale;
   at::Tensor coefficients;
   if (settings.has_probabilities()) {
     coefficients = smoothed_probabilities(settings.targets, settings, type) * column(likelihood);
@@ -283,10 +312,10 @@ inline at::Tensor differentiable_cross_entropy_gradient(const at::Tensor& logits
     coefficients = coefficients * column(likelihood);
   }
   at::Tensor total = coefficients.sum(-1);
-  if (settings.z_loss > 0) total = total + positions.token_weight * z_scale * x.logsumexp(-1) * (2 * settings.z_loss);
+  if (settings.z_loss > 0) total = total + weighted * scales[scale_of_z] * x.logsumexp(-1) * (2 * settings.z_loss);
   at::Tensor gradient = column(total) * x.softmax(-1) - coefficients;
   if (settings.softcap > 0) gradient = gradient * cap_derivative;
-  return gradient.masked_fill(left_out, 0).to(logits.scalar_type()).reshape(logits.sizes());
+  return without_left_out(gradient, positions).to(logits.scalar_type()).reshape(logits.sizes());
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain

@@ -7,23 +7,53 @@
 #include <cstdint>
 #include <vector>
 
+#include "free_transformer/detail/arithmetic.hpp"
+#include "free_transformer/detail/autograd/optional_tensor.hpp"
 #include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/plain/bernoulli_kl.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 #include "free_transformer/detail/settings.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
+/// The weight of each position, [N] in the widest type, and where it is 0; undefined without weights.
 struct LatentPositions {
-  at::Tensor token_weight;  ///< [N] in the widest type; without weights one number, expanded
-  at::Tensor left_out;      ///< [N] bool: weight 0
+  explicit LatentPositions(const LatentSettings& settings) : token_weight(settings.token_weight) {
+    if (token_weight.defined()) left_out = token_weight == 0;
+  }
+
+  LatentPositions narrowed(int64_t first, int64_t count) const {
+    LatentPositions part = *this;
+    if (token_weight.defined()) {
+      part.token_weight = token_weight.narrow(0, first, count);
+      part.left_out = left_out.narrow(0, first, count);
+    }
+    return part;
+  }
+
+  /// Values, or rows of them, with 0 where a position is left out.
+  at::Tensor counted(const at::Tensor& values) const {
+    if (!left_out.defined()) return values;
+    return values.masked_fill(values.dim() == 2 ? left_out.unsqueeze(1) : left_out, 0);
+  }
+
+  at::Tensor weighted(const at::Tensor& values) const {
+    if (!token_weight.defined()) return values;
+    return counted(values * (values.dim() == 2 ? token_weight.unsqueeze(1) : token_weight));
+  }
+
+  at::Tensor token_weight, left_out;
 };
 
-inline LatentPositions latent_positions(const at::Tensor& z_logits, const LatentSettings& settings) {
+/// What every penalty is multiplied by on its way to the loss: 0-dim in the widest type.
+inline at::Tensor latent_scale(const at::Tensor& z_logits, const LatentSettings& settings,
+                               const Normalization& normalization) {
   const auto options = z_logits.options().dtype(widest_type(z_logits.device()));
-  const int64_t rows = z_logits.numel() / z_logits.size(-1);
-  const at::Tensor weight = settings.token_weight.defined() ? settings.token_weight : at::ones({1}, options);
-  return {weight.expand({rows}), (weight == 0).expand({rows})};
+  const at::Tensor weight = settings.token_weight.defined()
+                                ? ordered_sum(settings.token_weight, options.dtype().toScalarType())
+                                : at::full({}, z_logits.numel() / z_logits.size(-1), options);
+  return loss_scale(normalization, weight, weight);
 }
 
 /// Rows of the prior that belong to a block of z_logits; undefined is the uniform prior.
@@ -34,117 +64,97 @@ inline at::Tensor prior_of_block(const at::Tensor& prior_logits, int64_t first, 
   return wide.reshape({-1, prior_logits.size(-1)}).narrow(0, first, rows);
 }
 
-/// KL of each bit of a block, [rows, latent_dim] in the widest type, 0 where the position is left out.
-inline at::Tensor bit_kl_of_block(const at::Tensor& block, const at::Tensor& prior, const at::Tensor& left_out) {
-  return bernoulli_kl(block.to(widest_type(block.device())), prior).masked_fill_(left_out.unsqueeze(1), 0);
+/// Mean over the batch of a position's KL, from its sums.
+inline at::Tensor mean_kl(const at::Tensor& sums) {
+  return sums.slice(0, latent_sum_count).sum() / sums[latent_weight_sum];
 }
 
-struct LatentLosses {
-  at::Tensor penalty;  ///< [N] in the widest type, weighted; undefined if not asked for
-  at::Tensor sums;     ///< see `LatentSum`
-  at::Tensor mean_kl;  ///< 0-dim, what the policies see of the batch
-};
-
+/// All positions. upstream is [N] in the widest type and multiplies the scale, or undefined.
 template <typename FreeBits>
-LatentLosses latent_losses(const at::Tensor& z_logits, const LatentSettings& settings, const LatentPositions& positions,
-                           bool keep_penalty) {
-  const int64_t bits = z_logits.size(-1);
-  const auto for_each_block_kl = [&](const auto& visit) {
-    for_each_row_block(z_logits, 0, [&](const at::Tensor& block, int64_t first) {
-      const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
-      const at::Tensor prior = prior_of_block(settings.prior_logits, first, block.size(0));
-      visit(bit_kl_of_block(block, prior, part(positions.left_out)), part);
+LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& settings, const at::Tensor& scale,
+                       const at::Tensor& upstream, const WantedOfLatents& wanted) {
+  const int64_t bits = z_logits.size(-1), rows = z_logits.numel() / bits;
+  const auto wide = widest_type(z_logits.device());
+  const auto options = z_logits.options().dtype(wide);
+  const LatentPositions all_positions(settings);
+  const auto for_each_block = [&](const auto& visit) {
+    for_each_row_block(z_logits.detach(), 0, [&](const at::Tensor& block, int64_t first) {
+      const auto positions = all_positions.narrowed(first, block.size(0));
+      const at::Tensor z = block.to(wide), prior = prior_of_block(settings.prior_logits, first, block.size(0));
+      visit(positions.counted(bernoulli_kl(z, prior)), positions, z, prior, first);
     });
   };
-  const at::Tensor& u = positions.token_weight;
-  std::vector<at::Tensor> kl_sums{at::zeros({bits + 1}, u.options())};  // a block's sum of u KL for each bit, and of u
-  for_each_block_kl([&](const at::Tensor& kl, const auto& part) {
-    const at::Tensor weight = part(u).unsqueeze(1);
-    kl_sums.push_back(ordered_sum(at::cat({kl * weight, weight}, 1).t()));
+
+  std::vector<at::Tensor> kl_sums{at::zeros({bits}, options)};  // of each block and bit
+  for_each_block([&](const at::Tensor& kl, const auto& positions, auto&&...) {
+    kl_sums.push_back(ordered_sum(positions.weighted(kl).t(), wide));
   });
-  const at::Tensor kl_sum = ordered_sum(at::stack(kl_sums, 1));
-  const at::Tensor bit_sums = kl_sum.narrow(0, 0, bits), weight_sum = kl_sum.narrow(0, bits, 1);
-  LatentLosses losses{
-      keep_penalty ? at::zeros(u.sizes(), u.options()) : at::Tensor(), {}, bit_sums.sum() / weight_sum.squeeze(0)};
-  const at::Tensor above_any_budget = at::zeros_like(losses.mean_kl).reciprocal();
+  const at::Tensor bit_sums = ordered_sum(at::stack(kl_sums, 1), wide);
+  const at::Tensor weight =
+      settings.token_weight.defined() ? ordered_sum(settings.token_weight, wide) : at::full({}, rows, options);
+  const at::Tensor mean = bit_sums.sum() / weight, above_any_budget = at::zeros_like(mean).reciprocal();
+
+  LatentRows result;
+  if (wanted.penalty)
+    result.penalty = at::zeros({rows}, z_logits.options().dtype(arithmetic_type(z_logits.scalar_type())));
+  if (wanted.gradient) result.gradient = at::empty(z_logits.sizes(), z_logits.options());
   std::vector<at::Tensor> penalty_sums{
-      at::zeros({2}, u.options())};  // a block's sums of the penalty and of active positions
-  for_each_block_kl([&](const at::Tensor& kl, const auto& part) {
-    const at::Tensor penalty =
-        (FreeBits::penalty(kl, losses.mean_kl, settings.free_bits) * part(u)).masked_fill_(part(positions.left_out), 0);
-    const at::Tensor active = (FreeBits::penalty(kl, above_any_budget, settings.free_bits) > 0) * part(u);
-    penalty_sums.push_back(ordered_sum(at::stack({penalty, active})));
-    if (keep_penalty) part(losses.penalty).copy_(penalty);
-  });
-  const at::Tensor sums = ordered_sum(at::stack(penalty_sums, 1));
-  losses.sums = at::cat({sums.narrow(0, 0, 1), weight_sum, sums.narrow(0, 1, 1), bit_sums});
-  return losses;
-}
-
-struct LatentGradients {
-  at::Tensor z_logits, prior_logits;  ///< undefined where not wanted
-};
-
-/// Gradients of sum_t scale_t penalty_t; scale is [N] or 0-dim in the widest type, the token weight is applied here.
-template <typename FreeBits>
-LatentGradients latent_gradients(const at::Tensor& z_logits, const LatentSettings& settings,
-                                 const LatentPositions& positions, const at::Tensor& mean_kl, const at::Tensor& scale) {
-  const int64_t bits = z_logits.size(-1);
-  const at::Tensor& prior_logits = settings.prior_logits;
-  const auto options = positions.token_weight.options();
-  LatentGradients gradients;
-  if (z_logits.requires_grad()) gradients.z_logits = at::empty(z_logits.sizes(), z_logits.options());
+      at::zeros({2}, options)};  // of each block: of the penalty and of active positions
   std::vector<at::Tensor> prior_gradients;
-  for_each_row_block(z_logits.detach(), 0, [&](const at::Tensor& block, int64_t first) {
-    const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
-    const at::Tensor prior = prior_of_block(settings.prior_logits, first, block.size(0));
-    const at::Tensor left_out = part(positions.left_out);
-    const at::Tensor position_scale =
-        (part(positions.token_weight) * (scale.dim() == 0 ? scale : part(scale))).masked_fill_(left_out, 0);
-    const at::Tensor kl = bit_kl_of_block(block, prior, left_out);
-    at::Tensor gate;  // d loss / d KL of each bit
-    {
-      const at::AutoGradMode enable(true);
-      const at::Tensor leaf = kl.requires_grad_();
-      gate = torch::autograd::grad({FreeBits::penalty(leaf, mean_kl, settings.free_bits)}, {leaf}, {position_scale})[0];
-    }
-    const at::Tensor wide = block.to(kl.scalar_type());
-    const auto finish = [&](const at::Tensor& of_kl) { return (gate * of_kl).masked_fill_(left_out.unsqueeze(1), 0); };
-    if (gradients.z_logits.defined()) {
-      part(gradients.z_logits.view({-1, bits})).copy_(finish(bernoulli_kl_gradient(wide, prior)));
-    }
-    if (prior_logits.defined() && prior_logits.requires_grad()) {
-      const at::Tensor gradient = finish(bernoulli_kl_prior_gradient(wide, prior));
-      prior_gradients.push_back(prior_logits.dim() == 1 ? ordered_sum(gradient.t()) : gradient);
-    }
-  });
-  if (prior_logits.defined() && prior_logits.requires_grad()) {
-    const at::Tensor none = at::zeros({0, bits}, options);
-    at::Tensor gradient = prior_logits.dim() == 1 ? at::zeros({bits}, options) : none;
-    if (!prior_gradients.empty()) {
-      gradient = prior_logits.dim() == 1 ? ordered_sum(at::stack(prior_gradients, 1)) : at::cat(prior_gradients);
-    }
-    gradients.prior_logits = gradient.reshape(prior_logits.sizes()).to(prior_logits.scalar_type());
+  for_each_block(
+      [&](const at::Tensor& kl, const auto& positions, const at::Tensor& z, const at::Tensor& prior, int64_t first) {
+        const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, kl.size(0)); };
+        const bool wants_gradient = wanted.gradient || wanted.prior_gradient;
+        at::Tensor penalty, gate;  // d loss / d KL of each bit
+        {
+          const at::AutoGradMode with_graph(wants_gradient);
+          const at::Tensor leaf = wants_gradient ? at::Tensor(kl).requires_grad_() : kl;
+          penalty = FreeBits::penalty(leaf, mean, settings.free_bits);
+          if (wants_gradient) {
+            const at::Tensor factor = upstream.defined() ? part(upstream) * scale : scale.expand({kl.size(0)});
+            gate = torch::autograd::grad({penalty}, {leaf}, {positions.weighted(factor)})[0];
+          }
+        }
+        const at::Tensor weighted = positions.weighted(penalty.detach());
+        const at::Tensor is_active = FreeBits::penalty(kl.detach(), above_any_budget, settings.free_bits) > 0;
+        penalty_sums.push_back(ordered_sum(at::stack({weighted, positions.weighted(is_active.to(wide))}), wide));
+        if (wanted.penalty) part(result.penalty).copy_(weighted);
+        if (wanted.gradient) {
+          part(result.gradient.view({-1, bits})).copy_(positions.counted(gate * bernoulli_kl_gradient(z, prior)));
+        }
+        if (wanted.prior_gradient) {
+          const at::Tensor gradient = positions.counted(gate * bernoulli_kl_prior_gradient(z, prior));
+          prior_gradients.push_back(settings.prior_logits.dim() == 1 ? ordered_sum(gradient.t(), wide) : gradient);
+        }
+      });
+  const at::Tensor sums = ordered_sum(at::stack(penalty_sums, 1), wide);
+  result.sums = at::cat({sums.narrow(0, 0, 1), weight.reshape({1}), sums.narrow(0, 1, 1), bit_sums});
+  if (wanted.prior_gradient) {
+    const at::Tensor& prior = settings.prior_logits;
+    const bool is_one_for_all = prior.dim() == 1;
+    prior_gradients.push_back(at::zeros(is_one_for_all ? at::IntArrayRef{bits} : at::IntArrayRef{0, bits}, options));
+    const at::Tensor gradient =
+        is_one_for_all ? ordered_sum(at::stack(prior_gradients, 1), wide) : at::cat(prior_gradients);
+    result.prior_gradient = gradient.reshape(prior.sizes()).to(prior.scalar_type());
   }
-  return gradients;
+  return result;
 }
 
 /// sum_t scale_t penalty_t as a differentiable expression, for a backward through the backward.
 template <typename FreeBits>
 at::Tensor differentiable_latent_loss(const at::Tensor& z_logits, const LatentSettings& settings,
-                                      const LatentPositions& positions, const at::Tensor& mean_kl,
-                                      const at::Tensor& scale) {
+                                      const at::Tensor& mean_kl, const at::Tensor& scale) {
   const auto wide = widest_type(z_logits.device());
   const int64_t bits = z_logits.size(-1);
-  const at::Tensor left_out = positions.left_out.unsqueeze(1);
-  const at::Tensor z = z_logits.to(wide).reshape({-1, bits}).masked_fill(left_out, 0);
+  const LatentPositions positions(settings);
+  const at::Tensor z = positions.counted(z_logits.to(wide).reshape({-1, bits}));
   at::Tensor prior;
   if (settings.prior_logits.defined()) {
-    prior = settings.prior_logits.to(wide).reshape({-1, bits}).expand({z.size(0), bits}).masked_fill(left_out, 0);
+    prior = positions.counted(settings.prior_logits.to(wide).reshape({-1, bits}).expand({z.size(0), bits}));
   }
   const at::Tensor penalty =
       FreeBits::penalty(BernoulliKLFunction::apply(z, optional_tensor(prior)), mean_kl, settings.free_bits);
-  return (penalty * positions.token_weight * scale).masked_fill(positions.left_out, 0).sum();
+  return positions.weighted(penalty * scale).sum();
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain

@@ -10,29 +10,15 @@
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
-/// Half types are computed in float32, the others in themselves.
-inline at::ScalarType arithmetic_type(at::ScalarType type) {
-  return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
-}
-
-/// The type for values that float32 would round too early: sums, counts, the latent KL. MPS has no float64.
-inline at::ScalarType widest_type(const at::Device& device) { return device.is_mps() ? at::kFloat : at::kDouble; }
-
 /// Elements of one block: small enough for a core's cache on the CPU, large enough to fill any other device.
 inline int64_t block_elements(const at::Device& device) { return int64_t{1} << (device.is_cpu() ? 18 : 26); }
-
-/// The shape of logits without their last dimension.
-inline at::IntArrayRef shape_of_positions(const at::Tensor& logits) {
-  return logits.sizes().slice(0, static_cast<size_t>(logits.dim() - 1));
-}
 
 /// True if `view({-1, last size})` needs no copy.
 inline bool rows_are_viewable(const at::Tensor& tensor) {
   bool is_outer = false;
-  int64_t wanted =
-      0;  // stride of a dimension outside those seen so far; the stride of a dimension of size 1 means nothing
+  int64_t wanted = 0;  // stride of a dimension outside those seen so far
   for (int64_t dim = tensor.dim() - 2; dim >= 0; --dim) {
-    if (tensor.size(dim) == 1) continue;
+    if (tensor.size(dim) == 1) continue;  // its stride means nothing
     if (is_outer && tensor.stride(dim) != wanted) return false;
     is_outer = true;
     wanted = tensor.size(dim) * tensor.stride(dim);
@@ -68,9 +54,12 @@ inline at::Tensor sum_of_rows(const at::Tensor& values) {
   return values.expand({2, values.size(1)}).sum(-1).narrow(0, 0, 1);
 }
 
-/// Sum over the last dimension in a tree of segments, which ATen sums without splitting them among threads.
-inline at::Tensor ordered_sum(at::Tensor values) {
+/// Sum over the last dimension in a given type, on the CPU in a tree of segments, which ATen sums without splitting them
+/// among threads.
+inline at::Tensor ordered_sum(at::Tensor values, at::ScalarType type) {
   constexpr int64_t segment = 1024;
+  if (!values.device().is_cpu()) return values.sum(-1, /*keepdim=*/false, type);
+  values = values.to(type);
   while (values.size(-1) > segment) {
     const int64_t padding = (segment - values.size(-1) % segment) % segment;
     auto shape = values.sizes().vec();

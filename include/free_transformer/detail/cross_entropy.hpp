@@ -1,0 +1,62 @@
+/// The door of the cross entropy: where its rows are computed.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "free_transformer/detail/arithmetic.hpp"
+#include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/kernels/cross_entropy.hpp"
+#include "free_transformer/detail/plain/cross_entropy.hpp"
+#include "free_transformer/detail/positions.hpp"
+#include "free_transformer/detail/settings.hpp"
+
+namespace free_transformer::FREE_TRANSFORMER_DETAIL {
+
+inline CrossEntropyPositions cross_entropy_positions(const at::Tensor& logits, const CrossEntropySettings& settings,
+                                                     const Normalization& normalization) {
+  const auto positions_of = kernels::takes_cross_entropy(logits, settings) ? &kernels::cross_entropy_positions
+                                                                           : &plain::cross_entropy_positions;
+  return positions_of(settings, logits.size(-1), arithmetic_type(logits.scalar_type()), normalization);
+}
+
+/// All rows, and their gradient if `gradient` is defined: contiguous or the logits themselves, of their shape and type.
+/// upstream is [N] in the type of arithmetic and multiplies the scales, or undefined.
+inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
+                                             const CrossEntropyPositions& positions, const at::Tensor& gradient,
+                                             const at::Tensor& upstream, const WantedOfRows& wanted) {
+  const auto rows_of =
+      kernels::takes_cross_entropy(logits, settings) ? &kernels::cross_entropy_rows : &plain::cross_entropy_rows;
+  return rows_of(logits, settings, positions, gradient, upstream, wanted);
+}
+
+/// Loss of each position, [N], all weights applied.
+inline at::Tensor losses_of_rows(const CrossEntropyRows& rows, const CrossEntropySettings& settings,
+                                 const CrossEntropyPositions& positions) {
+  const at::Tensor loss =
+      settings.z_loss > 0 ? rows.likelihood_loss + settings.z_loss * rows.log_sum_exp.square() : rows.likelihood_loss;
+  const at::Tensor& weight = positions.token_weight.defined() ? positions.token_weight : settings.token_weight;
+  return weight.defined() ? loss * weight : loss;
+}
+
+/// The final value, by scales that were known before the sums.
+inline at::Tensor reduced_loss(const at::Tensor& sums, const at::Tensor& scales, at::ScalarType type) {
+  if (!sums.device().is_cpu()) {
+    return (sums[likelihood_loss_sum] * scales[scale_of_likelihood] + sums[z_loss_sum] * scales[scale_of_z]).to(type);
+  }
+  const double *sum = sums.data_ptr<double>(), *scale = scales.data_ptr<double>();
+  const double loss = sum[likelihood_loss_sum] * scale[scale_of_likelihood] + sum[z_loss_sum] * scale[scale_of_z];
+  return at::scalar_tensor(loss, sums.options().dtype(type));
+}
+
+/// The loss, and the gradient of a reduced one if `gradient` is defined.
+inline LossAndSums cross_entropy_forward(const at::Tensor& logits, const CrossEntropySettings& settings,
+                                         const CrossEntropyPositions& positions, ReductionKind reduction,
+                                         bool count_hits, const at::Tensor& gradient) {
+  const bool for_each = reduction == ReductionKind::none;
+  const auto [rows, sums] = cross_entropy_rows(logits, settings, positions, gradient, /*upstream=*/{},
+                                               {/*sums=*/true, for_each, /*prediction=*/count_hits});
+  if (for_each) return {losses_of_rows(rows, settings, positions).reshape(shape_of_positions(logits)), sums};
+  return {reduced_loss(sums, positions.scales, arithmetic_type(logits.scalar_type())), sums};
+}
+
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL
