@@ -1,5 +1,5 @@
-# Programs that a script builds without CMake, by each compiler that is here: a copy of include/, and units of one program
-# that are compiled with different flags.
+# What a script builds, by each compiler that is here: a copy of include/, units of one program that are compiled with
+# different flags, and one unit whose code is weighed.
 set(api_folder torch/csrc/api/include)
 if(LibTorch_WHEEL)
   set(libtorch_flags -std=c++20 -isystem ${LibTorch_INCLUDE_DIR} -isystem ${LibTorch_INCLUDE_DIR}/${api_folder}
@@ -16,6 +16,12 @@ foreach(compiler g++ clang++-14)
                COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/${folder}/build_and_run.sh
                        ${CMAKE_CURRENT_BINARY_DIR}/${folder}/${compiler} ${compiler_path} ${libtorch_flags})
     endforeach()
+    if(NOT LibTorch_WHEEL AND NOT FREE_TRANSFORMER_SANITIZERS)
+      add_test(NAME compile_time/code_size/${compiler}
+               COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/compile_time/check_code_size.sh
+                       ${CMAKE_CURRENT_BINARY_DIR}/code_size-${compiler}.o ${compiler_path} ${libtorch_flags})
+      set_tests_properties(compile_time/code_size/${compiler} PROPERTIES SKIP_RETURN_CODE 77)
+    endif()
   endif()
   unset(compiler_path)
 endforeach()
