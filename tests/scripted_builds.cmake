@@ -1,5 +1,5 @@
 # What a script builds, by each compiler that is here: a copy of include/, units of one program that are compiled with
-# different flags, and one unit whose code is weighed.
+# different flags, and one unit whose code is weighed. Then what the README shows.
 set(api_folder torch/csrc/api/include)
 if(LibTorch_WHEEL)
   set(libtorch_flags -std=c++20 -isystem ${LibTorch_INCLUDE_DIR} -isystem ${LibTorch_INCLUDE_DIR}/${api_folder}
@@ -25,3 +25,17 @@ foreach(compiler g++ clang++-14)
   endif()
   unset(compiler_path)
 endforeach()
+
+if(FREE_TRANSFORMER_SANITIZERS)
+  return()
+endif()
+# Its g++ line is for Debian's LibTorch.
+if(LibTorch_WHEEL OR LibTorch_INCLUDE_DIR STREQUAL "/usr/include")
+  add_test(NAME readme/commands COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/readme/run_commands.sh
+                                        ${CMAKE_CURRENT_BINARY_DIR}/readme_commands ${LibTorch_WHEEL})
+  set_tests_properties(readme/commands PROPERTIES ENVIRONMENT CMAKE_GENERATOR=${CMAKE_GENERATOR})
+endif()
+if(NOT LibTorch_WHEEL)
+  add_test(NAME readme/snippets COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/readme/compile_snippets.sh
+                                        ${CMAKE_CURRENT_BINARY_DIR}/snippets.cpp ${CMAKE_CXX_COMPILER} ${libtorch_flags})
+endif()
