@@ -35,7 +35,7 @@ class FreeTransformerLossImpl : public torch::nn::Cloneable<FreeTransformerLossI
   }
 
   /// Called by `clone()`: tensors of the module's own, which that fills, instead of those shared with the original.
-  void reset() override;
+  inline void reset() override;  // inline here, or it is the key function for which every unit emits the class
 
   void pretty_print(std::ostream& stream) const override {
     stream << "free_transformer::FreeTransformerLoss(latent_dim=" << options.latent_dim()

@@ -16,6 +16,7 @@
 #include "free_transformer/detail/kernels/vector/elements.hpp"
 #include "free_transformer/detail/kernels/vector/exponential.hpp"
 #include "free_transformer/detail/kernels/vector/lanes.hpp"
+#include "free_transformer/detail/kernels/vector/logarithm.hpp"
 #include "free_transformer/detail/numbers.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
@@ -45,42 +46,54 @@ template <int lanes, int... lane>
   values.values = typename Lanes<lanes>::Values{rows[lane][column]...};
 }
 
-/// Rows [begin, end), at most `lanes` of them. A row that does not count is computed as one of zeros and left out after.
+/// The logits of at most `lanes` rows, turned into columns, and what the rows are reduced to, a row a lane. A row that
+/// does not count is one of zeros, of weight 0.
 template <int lanes>
-[[gnu::always_inline]] inline void process_narrow_rows(const CrossEntropyJob& job, int64_t begin, int64_t end,
-                                                       const double* weights, CrossEntropyScratch& scratch,
-                                                       CrossEntropyRow* rows) {
-  constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+struct NarrowRows {
+  Lanes<lanes> weight, class_weight, maximum, target_logit, target_exponential;
+  Lanes<lanes> others;     ///< sum of exp(x_j - reference) over all classes but the target
+  Lanes<lanes> surprises;  ///< sum of exp(x_j - reference) (reference - x_j) over them, if the entropy is asked for
+  Lanes<lanes> log_sum, nll, likelihood_loss;
+  alignas(64) int32_t targets[size_t{lanes}], predictions[size_t{lanes}];
+};
+
+/// Reads the rows and leaves their exponentials in `columns`.
+template <int lanes>
+[[gnu::always_inline]] inline void reduce_narrow_rows(const CrossEntropyJob& job, int64_t begin, int64_t count,
+                                                      CrossEntropyScratch& scratch, NarrowRows<lanes>& rows) {
   static constexpr float zeros[size_t{most_narrow_columns}] = {};
-  float* const columns = scratch.columns;
-  alignas(64) float target_logits[size_t{lanes}] = {}, factors[size_t{lanes}] = {}, parts[4][size_t{lanes}];
-  alignas(64) int32_t predictions[size_t{lanes}] = {}, target_columns[size_t{lanes}];
+  alignas(64) float weights[size_t{lanes}] = {}, class_weights[size_t{lanes}] = {}, target_logits[size_t{lanes}] = {};
   const float* logits[size_t{lanes}];
-  const int count = static_cast<int>(end - begin);
-  for (int lane = 0; lane < lanes; ++lane) {
+  float* const columns = scratch.columns;
+  for (int64_t lane = 0; lane < lanes; ++lane) {
     logits[lane] = zeros;
-    target_columns[lane] = -1;
-    if (lane >= count || !(weights[lane] > 0)) continue;
+    rows.targets[lane] = -1;
+    const double weight = lane < count ? job.weights(begin + lane) : 0;
+    if (!(weight > 0)) continue;
     float* const room = scratch.rows + lane * (most_narrow_columns + most_lanes);
     logits[lane] = widened<lanes>(job.logits_of(begin + lane), job.element, 0, job.columns, room);
-    target_columns[lane] = static_cast<int32_t>(job.weights.targets[begin + lane]);
-    target_logits[lane] = logits[lane][target_columns[lane]];
+    rows.targets[lane] = static_cast<int32_t>(job.weights.targets[begin + lane]);
+    target_logits[lane] = logits[lane][rows.targets[lane]];
+    weights[lane] = static_cast<float>(weight);
+    class_weights[lane] = static_cast<float>(job.class_weight_of(begin + lane));
   }
+  load<lanes>(weights, rows.weight);
+  load<lanes>(class_weights, rows.class_weight);
+  load<lanes>(target_logits, rows.target_logit);
 
-  Lanes<lanes> values = broadcast<lanes>(0.0f), target_logit = values, others = values, surprises = values;
   typename Lanes<lanes>::Integers targets;
-  std::memcpy(&targets, target_columns, sizeof(targets));
-  load<lanes>(target_logits, target_logit);
-  Lanes<lanes> maximum = target_logit;
-  const Lanes<lanes> zero = broadcast<lanes>(0.0f), impossible = broadcast<lanes>(minus_infinity);
+  std::memcpy(&targets, rows.targets, sizeof(targets));
+  const Lanes<lanes> zero = broadcast<lanes>(0.0f),
+                     impossible = broadcast<lanes>(-std::numeric_limits<float>::infinity());
+  Lanes<lanes> values = zero, maximum = rows.target_logit, others = zero, surprises = zero;
   for (int64_t column = 0; column < job.columns; ++column) {
     load_column<lanes>(logits, column, values, std::make_integer_sequence<int, lanes>{});
     values.values = targets == static_cast<int32_t>(column) ? impossible.values : values.values;
     store<lanes>(values, columns + column * lanes);
     take_larger<lanes>(maximum, values);
   }
+  if (job.prediction) predict<lanes>(columns, job.columns, maximum, rows.predictions);
   const Lanes<lanes> reference{maximum.values < -std::numeric_limits<float>::max() ? zero.values : maximum.values};
-  if (job.prediction) predict<lanes>(columns, job.columns, maximum, predictions);
   for (int64_t column = 0; column < job.columns; ++column) {
     load<lanes>(columns + column * lanes, values);
     values.values -= reference.values;
@@ -90,52 +103,92 @@ template <int lanes>
     others.values += values.values;
     if (job.entropy) surprises.values += values.values <= 0 ? values.values : values.values * surprise.values;
   }
-  Lanes<lanes> target_exponential{target_logit.values - reference.values};
-  exponentiate<lanes>(target_exponential);
-  store<lanes>(maximum, parts[0]);
-  store<lanes>(others, parts[1]);
-  store<lanes>(target_exponential, parts[2]);
-  store<lanes>(surprises, parts[3]);
-  for (int lane = 0; lane < count; ++lane) {
-    rows[lane].target_logit = target_logits[lane];
-    rows[lane].maximum = parts[0][lane];
-    rows[lane].others = static_cast<double>(parts[1][lane]);
-    rows[lane].target_exponential = static_cast<double>(parts[2][lane]);
-    rows[lane].surprise_of_prediction = static_cast<double>(parts[3][lane]);
-    if (job.prediction && weights[lane] > 0) {
-      const int64_t target = job.weights.targets[begin + lane], other = predictions[lane];
-      rows[lane].prediction = target_logits[lane] >= parts[0][lane] ? std::min(target, other) : other;
-      if (rows[lane].prediction == job.columns) rows[lane].prediction = target;  // of NaN
-    }
-  }
-  if (!job.gradient) return;
+  rows.maximum = maximum;
+  rows.others = others;
+  rows.surprises = surprises;
+  rows.target_exponential.values = rows.target_logit.values - reference.values;
+  exponentiate<lanes>(rows.target_exponential);
+}
 
-  for (int lane = 0; lane < count; ++lane) {
-    const double upstream = weights[lane] * (job.upstream ? static_cast<double>(job.upstream[begin + lane]) : 1.0);
-    const double scale = weights[lane] > 0 ? upstream * job.likelihood_scale * job.class_weight_of(begin + lane) : 0;
-    const double sum = rows[lane].others + rows[lane].target_exponential;
-    factors[lane] = static_cast<float>(without_payload(scale / sum));
-    target_logits[lane] = static_cast<float>(without_payload(-scale * (rows[lane].others / sum)));
+/// The losses: see `finish_row`.
+template <int lanes>
+[[gnu::always_inline]] inline void finish_narrow_rows(const CrossEntropyJob& job, int64_t begin, int64_t count,
+                                                      NarrowRows<lanes>& rows, CrossEntropySums& sums) {
+  const auto &others = rows.others.values, &target_exponential = rows.target_exponential.values;
+  rows.log_sum.values = rows.target_logit.values >= rows.maximum.values ? others : others - 1.0f + target_exponential;
+  logarithm_of_one_plus<lanes>(rows.log_sum);
+  const Lanes<lanes> below{rows.maximum.values - rows.target_logit.values};
+  rows.nll.values = rows.log_sum.values + below.values;
+  const Lanes<lanes> weighted{rows.class_weight.values * rows.nll.values};
+  rows.likelihood_loss.values = rows.class_weight.values > 0.0f ? weighted.values : rows.class_weight.values;
+  sums.nll += static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.nll.values}));
+  sums.likelihood_loss += static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.likelihood_loss.values}));
+  if (!job.nll && !job.prediction && !job.entropy) return;
+
+  const Lanes<lanes> log_sum_exp{rows.maximum.values + rows.log_sum.values};
+  const Lanes<lanes> of_target{target_exponential <= 0.0f ? target_exponential : target_exponential * below.values};
+  const Lanes<lanes> entropy{rows.log_sum.values +
+                             (rows.surprises.values + of_target.values) / (others + target_exponential)};
+  for (int64_t lane = 0; lane < count; ++lane) {
+    const int64_t index = begin + lane;
+    const bool counts = rows.weight.values[lane] > 0;
+    if (job.nll) {
+      job.nll[index] = counts ? rows.nll.values[lane] : 0;
+      job.likelihood_loss[index] = counts ? rows.likelihood_loss.values[lane] : 0;
+      job.log_sum_exp[index] = counts ? log_sum_exp.values[lane] : 0;
+    }
+    if (job.entropy) job.entropy[index] = counts ? entropy.values[lane] : 0;
+    if (!job.prediction) continue;
+    const int64_t target = rows.targets[lane], other = rows.predictions[lane];
+    int64_t prediction = rows.target_logit.values[lane] >= rows.maximum.values[lane] ? std::min(target, other) : other;
+    if (prediction == job.columns) prediction = target;  // of NaN
+    job.prediction[index] = counts ? prediction : 0;
+    if (counts && prediction == target) sums.hits += static_cast<double>(rows.weight.values[lane]);
   }
-  Lanes<lanes> factor;
-  load<lanes>(factors, factor);
+}
+
+/// The gradient from the exponentials in `columns`, row by row.
+template <int lanes>
+[[gnu::always_inline]] inline void write_narrow_gradient(const CrossEntropyJob& job, int64_t begin, int64_t count,
+                                                         CrossEntropyScratch& scratch, const NarrowRows<lanes>& rows) {
+  float* const columns = scratch.columns;
+  alignas(64) float scales[size_t{lanes}] = {}, target_gradients[size_t{lanes}];
+  for (int64_t lane = 0; lane < count; ++lane) {
+    const double upstream = job.upstream ? static_cast<double>(job.upstream[begin + lane]) : 1.0;
+    scales[lane] = static_cast<float>(without_payload(upstream * job.likelihood_scale));
+  }
+  Lanes<lanes> values, factor;
+  load<lanes>(scales, factor);
+  factor.values *= rows.weight.values * rows.class_weight.values;
+  factor.values /= rows.others.values + rows.target_exponential.values;
+  store<lanes>({-factor.values * rows.others.values}, target_gradients);
   for (int64_t column = 0; column < job.columns; ++column) {
     load<lanes>(columns + column * lanes, values);
     values.values *= factor.values;
     store<lanes>(values, columns + column * lanes);
   }
-  for (int lane = 0; lane < count; ++lane) {
+  for (int64_t lane = 0; lane < count; ++lane) {
     void* const gradient = job.gradient_of(begin + lane);
-    if (!(weights[lane] > 0)) {
+    if (rows.targets[lane] < 0) {
       std::memset(gradient, 0, static_cast<size_t>(job.columns * bytes_of(job.element)));
       continue;
     }
     const bool is_written_at_once = job.element == Element::float32;
     float* const row = is_written_at_once ? static_cast<float*>(gradient) : scratch.rows;
     for (int64_t column = 0; column < job.columns; ++column) row[column] = columns[column * lanes + lane];
-    row[target_columns[lane]] = target_logits[lane];
+    row[rows.targets[lane]] = target_gradients[lane];
     if (!is_written_at_once) store_products<lanes>(row, job.columns, 1.0f, gradient, job.element, 0);
   }
+}
+
+/// `count` rows, at most `lanes`.
+template <int lanes>
+[[gnu::always_inline]] inline void process_narrow_rows(const CrossEntropyJob& job, int64_t begin, int64_t count,
+                                                       CrossEntropyScratch& scratch, CrossEntropySums& sums) {
+  NarrowRows<lanes> rows;
+  reduce_narrow_rows<lanes>(job, begin, count, scratch, rows);
+  finish_narrow_rows<lanes>(job, begin, count, rows, sums);
+  if (job.gradient) write_narrow_gradient<lanes>(job, begin, count, scratch, rows);
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

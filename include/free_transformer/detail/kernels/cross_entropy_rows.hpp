@@ -1,5 +1,5 @@
 /// Cross entropy of a range of rows in one instruction set: each is reduced in the way that its width asks for, the
-/// logarithms of a group of rows are taken in vectors, and what the caller wants of the rows is written and summed.
+/// logarithms of a group of wide rows are taken in vectors, and what the caller wants of the rows is written and summed.
 #pragma once
 
 #include <algorithm>
@@ -56,24 +56,17 @@ inline void finish_row(const CrossEntropyJob& job, int64_t index, double weight,
 
 /// At most `rows_of_group` rows.
 template <int lanes>
-[[gnu::always_inline]] inline void process_group(const CrossEntropyJob& job, bool is_narrow, int64_t begin, int64_t end,
+[[gnu::always_inline]] inline void process_group(const CrossEntropyJob& job, int64_t begin, int64_t end,
                                                  CrossEntropyScratch& scratch, CrossEntropySums& sums) {
   double weights[size_t{rows_of_group}] = {};
   CrossEntropyRow rows[size_t{rows_of_group}];
   alignas(64) float log_sums[size_t{rows_of_group}] = {};
   for (int64_t index = begin; index < end; ++index) weights[index - begin] = job.weights(index);
-  if (is_narrow) {
-    for (int64_t index = begin; index < end; index += lanes) {
-      process_narrow_rows<lanes>(job, index, std::min<int64_t>(end, index + lanes), weights + (index - begin), scratch,
-                                 rows + (index - begin));
-    }
-  } else {
-    for (int64_t index = begin; index < end; ++index) {
-      if (weights[index - begin] > 0) {
-        rows[index - begin] = process_row<lanes>(job, index, weights[index - begin], scratch);
-      } else if (job.gradient) {
-        std::memset(job.gradient_of(index), 0, static_cast<size_t>(job.columns * bytes_of(job.element)));
-      }
+  for (int64_t index = begin; index < end; ++index) {
+    if (weights[index - begin] > 0) {
+      rows[index - begin] = process_row<lanes>(job, index, weights[index - begin], scratch);
+    } else if (job.gradient) {
+      std::memset(job.gradient_of(index), 0, static_cast<size_t>(job.columns * bytes_of(job.element)));
     }
   }
   for (int64_t row = 0; row < end - begin; ++row) log_sums[row] = argument_of_log_sum(rows[row]);
@@ -102,10 +95,15 @@ struct CrossEntropyKernel {
   template <int lanes>
   [[gnu::always_inline]] void run() const {
     const CrossEntropyJob own_job = job;  // which no store through a pointer can change, as the compiler sees
-    const bool is_narrow = takes_narrow_rows(own_job);
     CrossEntropySums of_rows;
-    for (int64_t first = begin; first < end; first += rows_of_group) {
-      process_group<lanes>(own_job, is_narrow, first, std::min(end, first + rows_of_group), scratch, of_rows);
+    if (takes_narrow_rows(own_job)) {
+      for (int64_t first = begin; first < end; first += lanes) {
+        process_narrow_rows<lanes>(own_job, first, std::min<int64_t>(end - first, lanes), scratch, of_rows);
+      }
+    } else {
+      for (int64_t first = begin; first < end; first += rows_of_group) {
+        process_group<lanes>(own_job, first, std::min(end, first + rows_of_group), scratch, of_rows);
+      }
     }
     sums = of_rows;
   }
