@@ -7,19 +7,13 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-Tensor indices(const std::vector<int64_t>& values) {
-  return numeric::tensor(values, {static_cast<int64_t>(values.size())});
-}
-
 const torch::TensorOptions meta = torch::TensorOptions().device(torch::kMeta);
 
 /// What the reconstruction loss says, without its name, both alone and as a part of the whole loss.
 std::string reconstruction_error(const Tensor& logits, const Tensor& targets, int64_t ignore_index = -100) {
   const std::string alone = error_of([&] { compute_reconstruction_loss(logits, targets, ignore_index); });
   CHECK(error_of([&] { compute_vae_loss(logits, targets, eighths({2, 16}), 16, 1.0, 0.5, ignore_index); }) == alone);
-  const std::string name = "compute_reconstruction_loss: ";
-  CHECK(alone.substr(0, name.size()) == name);
-  return alone.substr(std::min(alone.size(), name.size()));
+  return after_name("compute_reconstruction_loss", alone);
 }
 
 std::string latent_error(const Tensor& z_logits, int64_t latent_dim = 3, double free_bits = 0.25) {
@@ -29,9 +23,7 @@ std::string latent_error(const Tensor& z_logits, int64_t latent_dim = 3, double 
             compute_vae_loss<PerBit>(eighths({2, 5}), indices({0, 1}), z_logits, latent_dim, 1.0, free_bits);
           }) == alone);
   }
-  const std::string name = "compute_kl_divergence: ";
-  CHECK(alone.substr(0, name.size()) == name);
-  return alone.substr(std::min(alone.size(), name.size()));
+  return after_name("compute_kl_divergence", alone);
 }
 
 std::string vae_error(const Tensor& z_logits, double beta_kl) {

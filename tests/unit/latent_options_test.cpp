@@ -16,12 +16,6 @@ constexpr double steps = 12;
 
 const std::vector<Reduction> reductions{torch::kMean, torch::kSum, torch::kNone};
 
-Tensor indices(const std::vector<int64_t>& values) {
-  return numeric::tensor(values, {static_cast<int64_t>(values.size())});
-}
-
-Tensor with_strided_bits(const Tensor& z_logits) { return torch::stack({z_logits, z_logits}, -1).select(-1, 1); }
-
 KLDivergenceOptions options_of(const reference::LatentOptionCase& input, torch::ScalarType type) {
   auto options = KLDivergenceOptions().latent_dim(input.latent_dim).free_bits(input.free_bits);
   if (!input.token_weight.empty()) {
@@ -40,7 +34,7 @@ void check_reference(const reference::LatentOptionCase& input, const reference::
   double condition = 0;
   for (const double of_position : input.conditions) condition += of_position;
   const Tensor dense = tensor(input.z_logits, {rows, input.latent_dim}, type);
-  for (const Tensor& layout : {dense, with_strided_bits(dense)}) {
+  for (const Tensor& layout : {dense, with_strided_rows(dense)}) {
     INFO("strides " << layout.strides());
     const Tensor z_logits = leaf(layout);
     Tensor prior;
@@ -48,7 +42,7 @@ void check_reference(const reference::LatentOptionCase& input, const reference::
     if (!input.prior_logits.empty()) {
       const bool one_for_all = static_cast<int64_t>(input.prior_logits.size()) == input.latent_dim;
       prior = leaf(one_for_all ? tensor(input.prior_logits, {input.latent_dim}, type)
-                               : with_strided_bits(tensor(input.prior_logits, {rows, input.latent_dim}, type)));
+                               : with_strided_rows(tensor(input.prior_logits, {rows, input.latent_dim}, type)));
       options.prior_logits(prior);
     }
     const Tensor mean = compute_kl_divergence<FreeBits>(z_logits, options);
@@ -231,7 +225,7 @@ TEST_CASE("Positions of weight 0 have exactly no latent loss and no gradient, wh
               if (priors == 2) prior = tensor(some_priors, {4, 3}, type);
               z.select(0, 1).fill_(value);
               if (priors == 2) prior.select(0, 1).fill_(value), prior = leaf(prior);
-              z = leaf(strided ? with_strided_bits(z) : z);
+              z = leaf(strided ? with_strided_rows(z) : z);
               const Tensor loss = compute_kl_divergence(z, KLDivergenceOptions()
                                                                .latent_dim(3)
                                                                .free_bits(0.25)
@@ -367,11 +361,8 @@ TEST_CASE("Options of the latent term that do not fit are refused", "[kl][option
   const Tensor z_logits = eighths({2, 3});
   const auto meta = torch::TensorOptions().device(torch::kMeta);
   const auto error = [&](const KLDivergenceOptions& options) {
-    const std::string text =
-        error_of([&] { compute_kl_divergence(z_logits, KLDivergenceOptions(options).latent_dim(3)); });
-    const std::string name = "compute_kl_divergence: ";
-    CHECK(text.substr(0, name.size()) == name);
-    return text.substr(std::min(text.size(), name.size()));
+    return after_name("compute_kl_divergence",
+                      error_of([&] { compute_kl_divergence(z_logits, KLDivergenceOptions(options).latent_dim(3)); }));
   };
   const auto with = [] { return KLDivergenceOptions(); };
   for (const auto& [value, text] :

@@ -53,6 +53,13 @@ inline Tensor tensor(const std::vector<int64_t>& values, torch::IntArrayRef shap
   return torch::tensor(values, torch::kLong).reshape(shape);
 }
 
+inline Tensor indices(const std::vector<int64_t>& values) {
+  return tensor(values, {static_cast<int64_t>(values.size())});
+}
+
+/// A copy whose last dimension is not contiguous: it goes the way of LibTorch operations.
+inline Tensor with_strided_rows(const Tensor& values) { return torch::stack({values, values}, -1).select(-1, 1); }
+
 inline Tensor leaf(const Tensor& values) { return values.detach().requires_grad_(); }
 
 /// Logits or an upstream gradient, the same each time: multiples of 1/8 in [-8, 8), exact in every type.
@@ -97,6 +104,19 @@ inline std::string difference(const Tensor& actual, const std::vector<double>& e
 inline std::string difference(const Tensor& actual, const Tensor& expected, double relative, double also = 0,
                               int roundings = 1) {
   return difference(actual, values(expected), relative, also, roundings);
+}
+
+/// How many numbers are further off than those of eager LibTorch in the same type by more than half a step of the half
+/// type that they come from; a NaN is.
+inline int64_t worse_than_eager(const Tensor& actual, const Tensor& of_eager, const Tensor& expected,
+                                torch::ScalarType half_type) {
+  const auto found = values(actual), eager = values(of_eager.to(actual.scalar_type())), exact = values(expected);
+  int64_t worse = 0;
+  for (size_t index = 0; index < exact.size(); ++index) {
+    const double allowed = std::abs(eager[index] - exact[index]) + half_step(exact[index], half_type);
+    if (!(std::abs(found[index] - exact[index]) <= allowed)) ++worse;
+  }
+  return worse;
 }
 
 inline bool same_bits(const Tensor& left, const Tensor& right) {
@@ -154,6 +174,13 @@ std::string error_of(const Function& function) {
     return error.what_without_backtrace();
   }
   return {};
+}
+
+/// What an error says behind the name of the function that refuses, with which it must begin.
+inline std::string after_name(const std::string& name, const std::string& error) {
+  const std::string front = name + ": ";
+  CHECK(error.substr(0, front.size()) == front);
+  return error.substr(std::min(error.size(), front.size()));
 }
 
 /// The result of a function while ATen may use so many threads.

@@ -10,12 +10,15 @@
 
 namespace numeric {
 
+/// The type of the totals that an allocator reports: another one in LibTorch 1.13 than in 2.
+template <typename Total>
+Total total_of(void (c10::MemoryReportingInfoBase::*report)(void*, int64_t, Total, Total, c10::Device));
+using Total = decltype(total_of(&c10::MemoryReportingInfoBase::reportMemoryUsage));
+
 /// Counts what LibTorch's own CPU allocator hands out in this thread.
 class Memory : public c10::MemoryReportingInfoBase {
  public:
-  // One of the two overrides: the types of the totals, which are not used, changed between LibTorch 1.13 and 2.
-  void reportMemoryUsage(void*, int64_t size, int64_t, int64_t, c10::Device) { count(size); }
-  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) { count(size); }
+  void reportMemoryUsage(void*, int64_t size, Total, Total, c10::Device) override { count(size); }
   bool memoryProfilingEnabled() const override { return true; }
   int64_t peak() const { return peak_; }
   int64_t now() const { return now_; }

@@ -13,8 +13,6 @@ using namespace numeric;
 constexpr double steps = 16;
 constexpr double also = 8;
 
-Tensor with_strided_classes(const Tensor& logits) { return torch::stack({logits, logits}, -1).select(-1, 1); }
-
 /// Six positions; one is ignored, one has weight 0.
 struct Example {
   Tensor logits = eighths({2, 3, 9});
@@ -48,7 +46,7 @@ TEST_CASE("Every statistic of a token is what its definition says", "[statistics
           for (const bool by_probabilities : {false, true}) {
             INFO(type << ", strided " << strided << ", softcap " << softcap << ", options " << with_options
                       << ", probabilities " << by_probabilities);
-            const Tensor logits = strided ? with_strided_classes(example.logits.to(type)) : example.logits.to(type);
+            const Tensor logits = strided ? with_strided_rows(example.logits.to(type)) : example.logits.to(type);
             const Tensor targets = by_probabilities ? example.probabilities.to(type) : example.targets;
             const auto options = (with_options ? example.options() : ReconstructionLossOptions()).softcap(softcap);
             const TokenStatistics found = compute_token_statistics(logits, targets, options);
@@ -104,7 +102,7 @@ TEST_CASE("The lowest of equally likely classes is the prediction", "[statistics
       }
       logits.select(0, rows).fill_(-1.5);  // all the same
       lowest.push_back(0);
-      if (strided) logits = with_strided_classes(logits);
+      if (strided) logits = with_strided_rows(logits);
       INFO(type << ", strided " << strided);
       const Tensor targets = tensor(lowest, {rows + 1});
       const auto found = compute_token_statistics(logits, targets);
@@ -125,8 +123,8 @@ TEST_CASE("Tokens that do not count have no statistics, whatever their logits", 
           Tensor dirty = example.logits.to(type).clone();
           if (!targets.is_floating_point()) dirty.select(0, 0).select(0, 1).fill_(garbage);
           dirty.select(0, 1).select(0, 1).fill_(garbage);
-          if (strided) dirty = with_strided_classes(dirty);
-          const Tensor clean = strided ? with_strided_classes(example.logits.to(type)) : example.logits.to(type);
+          if (strided) dirty = with_strided_rows(dirty);
+          const Tensor clean = strided ? with_strided_rows(example.logits.to(type)) : example.logits.to(type);
           const auto found = fields(compute_token_statistics(dirty, targets, example.options()));
           const auto expected = fields(compute_token_statistics(clean, targets, example.options()));
           for (size_t field = 0; field < found.size(); ++field) {
@@ -182,7 +180,7 @@ TEST_CASE("metrics/accuracy is there only when asked for, and is the share of hi
           Tensor logits = example.logits.to(type).clone();
           logits[0][0][3] = 9;  // hits, and the others as they come
           logits[1][2][5] = 9;
-          if (strided) logits = with_strided_classes(logits);
+          if (strided) logits = with_strided_rows(logits);
           const auto options = with_options ? example.options() : ReconstructionLossOptions();
           const auto metrics = [&](bool accuracy) {
             return compute_vae_loss(logits, targets, eighths({6, 16}, type),
@@ -226,7 +224,7 @@ TEST_CASE("The entropy of a confident prediction keeps its digits, and impossibl
   for (const auto type : {torch::kDouble, torch::kFloat}) {
     for (const bool strided : {false, true}) {
       Tensor logits = torch::tensor({{40.0, 0.0, 0.0}, {0.0, -reference::inf, 0.0}, {not_a_number, 0.0, 0.0}}, type);
-      if (strided) logits = with_strided_classes(logits);
+      if (strided) logits = with_strided_rows(logits);
       const Tensor found = compute_token_statistics(logits, torch::zeros({3}, torch::kLong)).entropy;
       const auto exact = std::vector<double>{confident, std::log(2.0)};
       CHECK(difference(found.slice(0, 0, 2), exact, steps * epsilon(type)) == "");

@@ -75,7 +75,7 @@ TEST_CASE("In place keeps float16 gradients from underflow under a gradient scal
     return gradient_inside_a_graph(
         values, [&](const Tensor& logits) { return compute_reconstruction_loss(logits, targets, options) * 65536; });
   };
-  CHECK(gradient_of(true).count_nonzero().item<int64_t>() > 250);
+  CHECK((gradient_of(true).abs() > 0).sum().item<int64_t>() > 250);  // of 300; a NaN is not
   CHECK(same_bits(gradient_of(true), gradient_of(false)));
 }
 
@@ -86,9 +86,9 @@ TEST_CASE("In place rounds a bfloat16 gradient again after an upstream factor, a
       return compute_reconstruction_loss(logits, targets, ReconstructionLossOptions().inplace(overwrites)) / 3;
     });
   };
-  // half a step for each of the two roundings
+  // half a step for each of the two roundings, and the 8 of a float32 gradient
   CHECK(difference(gradient_of(torch::kBFloat16, true), gradient_of(torch::kDouble, false),
-                   epsilon(torch::kBFloat16) / 2 + 1e-6) == "");
+                   epsilon(torch::kBFloat16) / 2 + 8 * epsilon(torch::kFloat)) == "");
 }
 
 TEST_CASE("In place is used on the logits' own memory", "[inplace][memory]") {
