@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Brings a Debian machine what this project needs; quick and silent when it is there already.
-#   install_dependencies.sh [examples] [tests] [docs] [wheel FOLDER]
+#   install_dependencies.sh [examples] [tests] [sanitizers] [docs] [wheel FOLDER]
 # FOLDER becomes a Python virtual environment with the newest LibTorch from PyPI.
 set -euo pipefail
 
@@ -10,6 +10,7 @@ while (($#)); do
   case $1 in
     examples) packages+=(libcli11-dev gnuplot-nox) ;;
     tests) packages+=(catch2 clang-14 libbenchmark-dev valgrind) ;;
+    sanitizers) packages+=(libclang-rt-14-dev) ;;
     docs) packages+=(doxygen) ;;
     wheel) packages+=(python3-venv) wheel=$2 && shift ;;
     *) echo "install_dependencies.sh: unknown part $1" >&2 && exit 2 ;;
