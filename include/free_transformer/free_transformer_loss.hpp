@@ -13,9 +13,12 @@
 #include <utility>
 
 #include "free_transformer/detail/checks/vae_loss.hpp"
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/vae_loss.hpp"
 
 namespace free_transformer {
+
+inline namespace FREE_TRANSFORMER_TYPES {
 
 /// `compute_vae_loss` as a `torch::nn::Module`. The tensors of the options belong to it: prior_logits that require grad
 /// are a parameter, all others buffers, so that `to()`, `clone()`, `parameters()` and `torch::save` reach them; `to()` with
@@ -51,7 +54,7 @@ class FreeTransformerLossImpl : public torch::nn::Cloneable<FreeTransformerLossI
 
   /// See `compute_vae_loss`. Another free-bits policy: `criterion->forward<PerBit>(logits, targets, z_logits)`.
   template <typename FreeBits = PerPosition, typename Logits>
-  VAELossOutput forward(const Logits& logits, const torch::Tensor& targets, const torch::Tensor& z_logits) {
+  VAELossOutput forward(const Logits& logits, const at::Tensor& targets, const at::Tensor& z_logits) {
     adopt_tensors();
     return compute_vae_loss<FreeBits>(logits, targets, z_logits, options);
   }
@@ -63,12 +66,12 @@ class FreeTransformerLossImpl : public torch::nn::Cloneable<FreeTransformerLossI
   struct Slot {
     const char* name;
     bool is_count;
-    torch::Tensor (*read)(const VAELossOptions&);
-    void (*write)(VAELossOptions&, const torch::Tensor&);
+    at::Tensor (*read)(const VAELossOptions&);
+    void (*write)(VAELossOptions&, const at::Tensor&);
   };
   static const std::array<Slot, 6>& slots();
 
-  torch::Tensor register_as(const char* name, const torch::Tensor& tensor) {
+  at::Tensor register_as(const char* name, const at::Tensor& tensor) {
     return tensor.requires_grad() ? register_parameter(name, tensor) : register_buffer(name, tensor);
   }
 
@@ -78,12 +81,12 @@ class FreeTransformerLossImpl : public torch::nn::Cloneable<FreeTransformerLossI
   template <typename... Arguments>
   void move(Arguments... arguments);
 
-  std::array<torch::Tensor, 6> registered_;  ///< in the order of the slots
+  std::array<at::Tensor, 6> registered_;  ///< in the order of the slots
 };
 
 inline auto FreeTransformerLossImpl::slots() -> const std::array<Slot, 6>& {
   using Options = VAELossOptions;
-  using torch::Tensor;
+  using at::Tensor;
   static const std::array<Slot, 6> all{{
       {"weight", false, [](const Options& from) { return from.reconstruction().weight(); },
        [](Options& of, const Tensor& tensor) { of.reconstruction().weight(tensor); }},
@@ -106,8 +109,8 @@ inline auto FreeTransformerLossImpl::slots() -> const std::array<Slot, 6>& {
 inline void FreeTransformerLossImpl::adopt_tensors() {
   for (size_t index = 0; index < slots().size(); ++index) {
     const Slot& slot = slots()[index];
-    torch::Tensor& registered = registered_[index];
-    const torch::Tensor tensor = slot.read(options);
+    at::Tensor& registered = registered_[index];
+    const at::Tensor tensor = slot.read(options);
     if (!tensor.defined() || !tensor.is_leaf() || tensor.is_same(registered)) continue;
     if (!registered.defined()) {
       registered = register_as(slot.name, tensor);
@@ -120,7 +123,7 @@ inline void FreeTransformerLossImpl::adopt_tensors() {
 
 inline void FreeTransformerLossImpl::reset() {
   for (size_t index = 0; index < slots().size(); ++index) {
-    torch::Tensor& registered = registered_[index];
+    at::Tensor& registered = registered_[index];
     if (!registered.defined()) continue;
     const bool is_used = slots()[index].read(options).is_same(registered);
     const bool requires_grad = registered.requires_grad();
@@ -133,7 +136,7 @@ inline void FreeTransformerLossImpl::reset() {
 template <typename... Arguments>
 void FreeTransformerLossImpl::move(Arguments... arguments) {
   adopt_tensors();
-  std::array<torch::Tensor, 6> before;
+  std::array<at::Tensor, 6> before;
   for (size_t index = 0; index < slots().size(); ++index) {
     if (registered_[index].defined()) before[index] = registered_[index].detach();
   }
@@ -152,10 +155,12 @@ class FreeTransformerLoss : public torch::nn::ModuleHolder<FreeTransformerLossIm
   using Impl = FreeTransformerLossImpl;
 
   template <typename Logits>
-  VAELossOutput operator()(const Logits& logits, const torch::Tensor& targets, const torch::Tensor& z_logits) {
+  VAELossOutput operator()(const Logits& logits, const at::Tensor& targets, const at::Tensor& z_logits) {
     return impl_->forward(logits, targets, z_logits);
   }
 };
+
+}  // namespace FREE_TRANSFORMER_TYPES
 
 }  // namespace free_transformer
 
@@ -163,7 +168,5 @@ class FreeTransformerLoss : public torch::nn::ModuleHolder<FreeTransformerLossIm
 /// this one they are dense logits, targets and z_logits: `sequential->forward<VAELossOutput>(logits, targets, z_logits)`.
 template <>
 inline torch::nn::AnyModule::AnyModule(std::shared_ptr<free_transformer::FreeTransformerLossImpl> module)
-    : content_(
-          std::make_unique<torch::nn::AnyModuleHolder<free_transformer::FreeTransformerLossImpl, const torch::Tensor&,
-                                                      const torch::Tensor&, const torch::Tensor&>>(std::move(module))) {
-}
+    : content_(std::make_unique<torch::nn::AnyModuleHolder<free_transformer::FreeTransformerLossImpl, const at::Tensor&,
+                                                           const at::Tensor&, const at::Tensor&>>(std::move(module))) {}

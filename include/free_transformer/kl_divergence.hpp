@@ -19,26 +19,27 @@ namespace free_transformer {
 /// Nats of n bits, n log 2. Half a bit is the default budget of free bits, 0.3466 nats.
 inline double bits(double n) { return n * std::log(2.0); }
 
+inline namespace FREE_TRANSFORMER_TYPES {
+
 /// Where the hinge of the free bits sits. A policy of your own is a struct with one static function,
 ///     Tensor penalty(bit_kl [n, latent_dim], mean_kl [], double free_bits) -> [n],
 /// in differentiable operations: what n positions add to the sum, from the KL of each of their bits in nats. mean_kl is
 /// the mean over the batch of a position's KL, a constant for the gradient. It is called for blocks of positions.
 ///
-/// Those below hold a hinge that lets the gradient through at the budget itself, so that no budget is no hinge
-/// (LibTorch's clamp_min does in some versions), and a NaN, which is not below any budget.
-///
-/// The paper's Eq. 5: each position has a budget, max(0, sum_h KL_th - free_bits).
+/// This one is the paper's, Eq. 5: each position has a budget, max(0, sum_h KL_th - free_bits). Its hinge lets the
+/// gradient through at the budget itself, so that no budget is no hinge (LibTorch's clamp_min does in some versions), and
+/// a NaN, which is not below any budget.
 struct PerPosition {
-  static torch::Tensor penalty(const torch::Tensor& bit_kl, const torch::Tensor& /*mean_kl*/, double free_bits) {
-    const torch::Tensor difference = bit_kl.sum(-1) - free_bits;
+  static at::Tensor penalty(const at::Tensor& bit_kl, const at::Tensor& /*mean_kl*/, double free_bits) {
+    const at::Tensor difference = bit_kl.sum(-1) - free_bits;
     return difference.masked_fill(difference < 0, 0);
   }
 };
 
 /// Kingma et al. 2016: each latent bit has a budget, sum_h max(0, KL_th - free_bits).
 struct PerBit {
-  static torch::Tensor penalty(const torch::Tensor& bit_kl, const torch::Tensor& /*mean_kl*/, double free_bits) {
-    const torch::Tensor difference = bit_kl - free_bits;
+  static at::Tensor penalty(const at::Tensor& bit_kl, const at::Tensor& /*mean_kl*/, double free_bits) {
+    const at::Tensor difference = bit_kl - free_bits;
     return difference.masked_fill(difference < 0, 0).sum(-1);
   }
 };
@@ -46,8 +47,8 @@ struct PerBit {
 /// The batch has a budget, max(0, mean_t sum_h KL_th - free_bits): KL_t - free_bits at each position while the mean is
 /// above.
 struct BatchMean {
-  static torch::Tensor penalty(const torch::Tensor& bit_kl, const torch::Tensor& mean_kl, double free_bits) {
-    const torch::Tensor difference = bit_kl.sum(-1) - free_bits;
+  static at::Tensor penalty(const at::Tensor& bit_kl, const at::Tensor& mean_kl, double free_bits) {
+    const at::Tensor difference = bit_kl.sum(-1) - free_bits;
     return difference.masked_fill(mean_kl < free_bits, 0);
   }
 };
@@ -61,10 +62,10 @@ struct KLDivergenceOptions {
   TORCH_ARG(double, free_bits) = 0.3466;
 
   /// Weight u of each position, `[...]`, bool or floating, finite and >= 0. Default: 1 everywhere.
-  TORCH_ARG(torch::Tensor, token_weight);
+  TORCH_ARG(at::Tensor, token_weight);
 
   /// Logits of the prior's bits, `[latent_dim]` or like z_logits; they get a gradient. Default: 0, all codes alike.
-  TORCH_ARG(torch::Tensor, prior_logits);
+  TORCH_ARG(at::Tensor, prior_logits);
 
   /// `torch::kMean` (default), `torch::kSum` or `torch::kNone`.
   TORCH_ARG(Reduction, reduction) = torch::enumtype::kMean{};
@@ -73,16 +74,7 @@ struct KLDivergenceOptions {
   TORCH_ARG(Normalizer, normalizer);
 };
 
-namespace FREE_TRANSFORMER_DETAIL {
-
-template <>
-inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<PerPosition> = kernels::Hinge::per_position;
-template <>
-inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<PerBit> = kernels::Hinge::per_bit;
-template <>
-inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<BatchMean> = kernels::Hinge::batch_mean;
-
-}  // namespace FREE_TRANSFORMER_DETAIL
+}  // namespace FREE_TRANSFORMER_TYPES
 
 inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
@@ -98,15 +90,37 @@ inline namespace FREE_TRANSFORMER_FUNCTIONS {
 ///            floating, or a weight or prior does not fit z_logits; for dual tensors, under functorch's transforms and
 ///            while tracing
 template <typename FreeBits = PerPosition>
-torch::Tensor compute_kl_divergence(const torch::Tensor& z_logits, const KLDivergenceOptions& options) {
+at::Tensor compute_kl_divergence(const at::Tensor& z_logits, const KLDivergenceOptions& options);
+
+/// The same with the two options that the paper has.
+template <typename FreeBits = PerPosition>
+at::Tensor compute_kl_divergence(const at::Tensor& z_logits, int64_t latent_dim = 16, double free_bits = 0.3466);
+
+}  // namespace FREE_TRANSFORMER_FUNCTIONS
+
+namespace FREE_TRANSFORMER_DETAIL {
+
+template <>
+inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<PerPosition> = kernels::Hinge::per_position;
+template <>
+inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<PerBit> = kernels::Hinge::per_bit;
+template <>
+inline constexpr std::optional<kernels::Hinge> kernels::hinge_of<BatchMean> = kernels::Hinge::batch_mean;
+
+}  // namespace FREE_TRANSFORMER_DETAIL
+
+inline namespace FREE_TRANSFORMER_FUNCTIONS {
+
+template <typename FreeBits>
+at::Tensor compute_kl_divergence(const at::Tensor& z_logits, const KLDivergenceOptions& options) {
   constexpr const char* function = "compute_kl_divergence";
   const auto settings = detail::checked_latent_settings(function, z_logits, options, options.token_weight());
   const auto normalization = detail::checked_normalization(function, options.reduction(), options.normalizer());
   return detail::latent_kl<FreeBits>(z_logits, settings, normalization).loss;
 }
 
-template <typename FreeBits = PerPosition>
-torch::Tensor compute_kl_divergence(const torch::Tensor& z_logits, int64_t latent_dim = 16, double free_bits = 0.3466) {
+template <typename FreeBits>
+at::Tensor compute_kl_divergence(const at::Tensor& z_logits, int64_t latent_dim, double free_bits) {
   return compute_kl_divergence<FreeBits>(z_logits, KLDivergenceOptions().latent_dim(latent_dim).free_bits(free_bits));
 }
 

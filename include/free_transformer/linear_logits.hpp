@@ -17,33 +17,38 @@
 
 namespace free_transformer {
 
+inline namespace FREE_TRANSFORMER_TYPES {
+
 /// x = hidden weight^T + bias, as `torch::nn::Linear` computes it, for every function that takes logits.
 /// hidden  [..., D], weight [vocab_size, D], bias [vocab_size] or none; one device, any strides, any floating types below
 ///         float64, or float64 all: under autocast hidden may be bfloat16 and the head float32
 /// The logits of a block of tokens are made in a buffer, turned into their gradient in place, and multiplied on into
 /// the gradients of hidden, weight and bias, which the forward pass so finishes (with kNone, backward makes the logits
 /// once more). Positions that do not count are left out of the products on the CPU. Half types are multiplied in
-/// float32, and the weight's gradient is rounded once, to its own type. A frozen input costs no product. A second backward computes
-/// anew; double backward is an error.
+/// float32, and the weight's gradient is rounded once, to its own type. A frozen input costs no product. A second
+/// backward computes anew; double backward is an error, and so is `inplace`: there are no logits to write over.
 struct LinearLogits {
-  LinearLogits(torch::Tensor hidden_, torch::Tensor weight_, torch::Tensor bias_ = {})
+  LinearLogits(at::Tensor hidden_, at::Tensor weight_, at::Tensor bias_ = {})
       : hidden(std::move(hidden_)), weight(std::move(weight_)), bias(std::move(bias_)) {}
 
-  /// Size of the buffer in bytes, at least one token's logits. The default, 0, is 15 MiB, or 56 tokens if fewer would fit,
-  /// and half of both for half types: a block costs as much more than its arithmetic as 16 tokens take.
+  /// Size of the buffer in bytes, at least one token's logits. The default, 0, is 60 MiB where that is 240 tokens or more,
+  /// else 30 MiB, or 56 tokens if that is more, and half of that for half types: a block costs as much more than its
+  /// arithmetic as 16 tokens take.
   LinearLogits& block_bytes(int64_t bytes) { return block_bytes_ = bytes, *this; }
   int64_t block_bytes() const { return block_bytes_; }
 
-  torch::Tensor hidden, weight, bias;
+  at::Tensor hidden, weight, bias;
 
  private:
   int64_t block_bytes_ = 0;
 };
 
+}  // namespace FREE_TRANSFORMER_TYPES
+
 inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
 /// The fused head as a source of logits: see `compute_reconstruction_loss`.
-inline ReconstructionResult reconstruct(const LinearLogits& logits, const torch::Tensor& targets,
+inline ReconstructionResult reconstruct(const LinearLogits& logits, const at::Tensor& targets,
                                         const ReconstructionLossOptions& options) {
   constexpr const char* function = "compute_reconstruction_loss";
   const auto inputs = detail::checked_linear_inputs(function, logits);
@@ -54,7 +59,7 @@ inline ReconstructionResult reconstruct(const LinearLogits& logits, const torch:
 }
 
 /// The fused head as a source of logits: see `compute_token_statistics`.
-inline TokenStatistics token_statistics(const LinearLogits& logits, const torch::Tensor& targets,
+inline TokenStatistics token_statistics(const LinearLogits& logits, const at::Tensor& targets,
                                         const ReconstructionLossOptions& options) {
   constexpr const char* function = "compute_token_statistics";
   const auto inputs = detail::checked_linear_inputs(function, logits);

@@ -12,13 +12,16 @@
 #include <utility>
 #include <vector>
 
+#include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/numbers.hpp"
 #include "free_transformer/detail/settings.hpp"
 #include "free_transformer/reduction.hpp"
 
 namespace free_transformer {
 
-/// Named figures of one or more calls of `compute_vae_loss`, each a mean over the positions that counted:
+inline namespace FREE_TRANSFORMER_TYPES {
+
+/// Named figures of one or more calls of `compute_vae_loss`, each a mean over the positions that counted.
 ///     loss/total               loss/reconstruction + loss/kl_weighted, in nats; loss/kl_weighted = beta_kl loss/kl
 ///     metrics/perplexity       exp of the mean negative log-likelihood given Z: the posterior's, not a language model's
 ///     latent/kl_bits           KL of a position before the hinge, in bits
@@ -40,8 +43,8 @@ class LossMetrics {
   LossMetrics() = default;
 
   /// The sums of both terms as `reconstruct` and the latent term return them.
-  LossMetrics(const torch::Tensor& reconstruction_sums, const torch::Tensor& latent_sums, double beta_kl,
-              double free_bits, bool hinge_on_batch_mean, bool has_accuracy, bool has_z_loss = false)
+  LossMetrics(const at::Tensor& reconstruction_sums, const at::Tensor& latent_sums, double beta_kl, double free_bits,
+              bool hinge_on_batch_mean, bool has_accuracy, bool has_z_loss = false)
       : hinge_on_batch_mean_(hinge_on_batch_mean), has_accuracy_(has_accuracy), has_z_loss_(has_z_loss) {
     if (latent_sums.device().is_cpu()) {  // a small step feels every operation
       const auto count = static_cast<size_t>(latent_sums.numel());
@@ -55,8 +58,8 @@ class LossMetrics {
       std::copy_n(latent, count, sums + latent_begin);
       return;
     }
-    const torch::Tensor weight = latent_sums[detail::latent_weight_sum];
-    const torch::Tensor settings =
+    const at::Tensor weight = latent_sums[detail::latent_weight_sum];
+    const at::Tensor settings =
         at::stack({latent_sums[detail::penalty_sum] * beta_kl, weight * beta_kl, weight * free_bits});
     sums_ = at::cat({reconstruction_sums, settings, latent_sums});
   }
@@ -64,12 +67,12 @@ class LossMetrics {
   LossMetrics& operator+=(const LossMetrics& other) {
     if (!other.sums_.defined()) return *this;
     if (!sums_.defined()) return *this = other;
-    TORCH_CHECK(
-        sums_.sizes() == other.sums_.sizes() && hinge_on_batch_mean_ == other.hinge_on_batch_mean_ &&
-            has_accuracy_ == other.has_accuracy_,
-        "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of ",
-        sums_.sizes(), " and ", other.sums_.sizes(), ", hinge on the batch mean ", hinge_on_batch_mean_, " and ",
-        other.hinge_on_batch_mean_, ", accuracy ", has_accuracy_, " and ", other.has_accuracy_);
+    TORCH_CHECK(sums_.sizes() == other.sums_.sizes() && hinge_on_batch_mean_ == other.hinge_on_batch_mean_ &&
+                    has_accuracy_ == other.has_accuracy_,
+                "LossMetrics: += must join metrics of one latent_dim, place of the hinge (BatchMean or not) and choice "
+                "of accuracy, got sums of ",
+                sums_.sizes(), " and ", other.sums_.sizes(), ", hinge on the batch mean ", hinge_on_batch_mean_,
+                " and ", other.hinge_on_batch_mean_, ", accuracy ", has_accuracy_, " and ", other.has_accuracy_);
     sums_ = sums_ + other.sums_.to(sums_.device());
     has_z_loss_ = has_z_loss_ || other.has_z_loss_;
     values_.clear();
@@ -108,7 +111,7 @@ class LossMetrics {
 
   std::vector<value_type> read() const;
 
-  torch::Tensor sums_;
+  at::Tensor sums_;
   bool hinge_on_batch_mean_ = false;
   bool has_accuracy_ = false;
   bool has_z_loss_ = false;
@@ -117,7 +120,7 @@ class LossMetrics {
 
 inline std::vector<LossMetrics::value_type> LossMetrics::read() const {
   constexpr int64_t bits_begin = int64_t{latent_begin} + int64_t{detail::latent_sum_count};
-  const torch::Tensor sums = sums_.defined() ? sums_.to(at::kCPU, at::kDouble) : at::zeros({bits_begin}, at::kDouble);
+  const at::Tensor sums = sums_.defined() ? sums_.to(at::kCPU, at::kDouble) : at::zeros({bits_begin}, at::kDouble);
   const double* data = sums.data_ptr<double>();
   const auto latent = [&](int64_t sum) { return data[latent_begin + sum]; };
   const auto ratio = [](double sum, double weight) { return detail::is_zero(weight) ? 0.0 : sum / weight; };
@@ -154,5 +157,7 @@ inline std::vector<LossMetrics::value_type> LossMetrics::read() const {
   if (has_z_loss_) values.emplace_back("loss/z_loss", z_loss);
   return values;
 }
+
+}  // namespace FREE_TRANSFORMER_TYPES
 
 }  // namespace free_transformer

@@ -16,22 +16,26 @@
 
 namespace free_transformer {
 
+inline namespace FREE_TRANSFORMER_TYPES {
+
 /// Options of `compute_reconstruction_loss`.
 struct ReconstructionLossOptions {
-  /// Positions with this target are left out; any value, also one inside the vocabulary. Default: -100.
+  /// Positions with this target are left out; any value, also one inside the vocabulary. Class probabilities have no such
+  /// target: there it must be the default, -100.
   TORCH_ARG(int64_t, ignore_index) = -100;
 
   /// `torch::kMean` (default), `torch::kSum` or `torch::kNone`.
   TORCH_ARG(Reduction, reduction) = torch::enumtype::kMean{};
 
-  /// Weight u of each position, the shape of the targets, bool or floating, finite and >= 0. Default: 1 everywhere.
-  TORCH_ARG(torch::Tensor, token_weight);
+  /// Weight u of each position, the shape of the targets, bool or floating, finite and >= 0, without a graph. Default: 1
+  /// everywhere.
+  TORCH_ARG(at::Tensor, token_weight);
 
   /// Divides the sum under `torch::kMean`, instead of the weights counted here; the other reductions ignore it.
   TORCH_ARG(Normalizer, normalizer);
 
-  /// Weight w of each class, `[vocab_size]`, floating, finite and >= 0. Default: 1 for all.
-  TORCH_ARG(torch::Tensor, weight);
+  /// Weight w of each class, `[vocab_size]`, floating, finite and >= 0, without a graph. Default: 1 for all.
+  TORCH_ARG(at::Tensor, weight);
 
   /// epsilon in [0, 1]: the share of the target that is spread evenly over the vocabulary. Default: 0.
   TORCH_ARG(double, label_smoothing) = 0.0;
@@ -44,19 +48,24 @@ struct ReconstructionLossOptions {
 
   /// True lets the gradient be written over the logits, which saves memory and time. They then must be no leaf, share no
   /// memory (their own rows, other arguments), not retain a gradient, and not be used again: another call of this
-  /// library with them, reading them through the graph, a second backward or create_graph is an error. Without a
-  /// gradient to compute, and where there is no vector kernel, it changes nothing. Default: false.
+  /// library with them, reading them through the graph, a second backward or create_graph is an error. A hook that was
+  /// registered on them afterwards is not called. Without a gradient to compute, and where there is no vector kernel, it
+  /// changes nothing. Default: false.
   TORCH_ARG(bool, inplace) = false;
 
   /// True also counts the positions whose most likely class is the target, for `metrics/accuracy`. Default: false.
   TORCH_ARG(bool, accuracy) = false;
 };
 
-/// What a source of logits answers: the loss, with a graph, and the sums that `LossMetrics` keeps, without one.
+/// What a source of logits answers: the loss, with a graph, and the sums that `LossMetrics` keeps, without one: [6],
+/// float64 on the logits' device, over the positions that count
+///     sum of u [...]   sum u w_y   sum u z_loss lse^2   sum u   sum u (lse - x_y)   sum u (most likely class = target)
+/// in the symbols of `compute_reconstruction_loss`; the last is 0 unless `accuracy` asks for it.
 struct ReconstructionResult {
-  torch::Tensor loss;
-  torch::Tensor sums;  ///< in the order of `detail::ReconstructionSum`, in the widest type, on the device of the logits
+  at::Tensor loss, sums;
 };
+
+}  // namespace FREE_TRANSFORMER_TYPES
 
 inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
@@ -70,23 +79,26 @@ inline namespace FREE_TRANSFORMER_FUNCTIONS {
 ///          sum_c w_c ((1-epsilon) q_c + epsilon/V) (lse - x_c), and its sum is divided by sum u
 /// Returns  a scalar, or [...] with kNone; float32, or float64 for float64. 0 if nothing counts, NaN if a NaN counts.
 ///          Relative accuracy holds for a confident model, too
-/// Saved    logits, five numbers a position; by the vector kernels also the gradient, for the first backward. Double
-///          backward works. Positions that are ignored or of weight 0 have a loss and a gradient of exactly 0; a class
+/// Saved    logits, their gradient for the first backward (not with kNone), copies of targets and weights. Double backward
+///          works. Positions that are ignored or of weight 0 have a loss and a gradient of exactly 0; a class
 ///          of weight 0 has no likelihood term
 /// Throws   c10::Error, before anything is written, if a type, shape, device or setting does not fit, or (on the CPU) a
 ///          target or a weight is out of range; on other devices a target out of range makes the loss NaN. Also for dual
 ///          tensors, under functorch's transforms and while tracing, whose derivatives and traces would be lost
 template <typename Logits>
-torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Tensor& targets,
-                                          const ReconstructionLossOptions& options);
+at::Tensor compute_reconstruction_loss(const Logits& logits, const at::Tensor& targets,
+                                       const ReconstructionLossOptions& options);
 
+/// The same with the one option that the paper's model needs.
 template <typename Logits>
-torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Tensor& targets,
-                                          int64_t ignore_index = -100);
+at::Tensor compute_reconstruction_loss(const Logits& logits, const at::Tensor& targets, int64_t ignore_index = -100);
 
 /// Dense logits. A type of your own becomes a source of logits by an overload of this function in its namespace; it may
 /// make dense logits of itself and hand them on.
-inline ReconstructionResult reconstruct(const torch::Tensor& logits, const torch::Tensor& targets,
+ReconstructionResult reconstruct(const at::Tensor& logits, const at::Tensor& targets,
+                                 const ReconstructionLossOptions& options);
+
+inline ReconstructionResult reconstruct(const at::Tensor& logits, const at::Tensor& targets,
                                         const ReconstructionLossOptions& options) {
   constexpr const char* function = "compute_reconstruction_loss";
   detail::check_logits(function, "logits", logits);
@@ -99,13 +111,13 @@ inline ReconstructionResult reconstruct(const torch::Tensor& logits, const torch
 }
 
 template <typename Logits>
-torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Tensor& targets,
-                                          const ReconstructionLossOptions& options) {
+at::Tensor compute_reconstruction_loss(const Logits& logits, const at::Tensor& targets,
+                                       const ReconstructionLossOptions& options) {
   return reconstruct(logits, targets, options).loss;
 }
 
 template <typename Logits>
-torch::Tensor compute_reconstruction_loss(const Logits& logits, const torch::Tensor& targets, int64_t ignore_index) {
+at::Tensor compute_reconstruction_loss(const Logits& logits, const at::Tensor& targets, int64_t ignore_index) {
   return compute_reconstruction_loss(logits, targets, ReconstructionLossOptions().ignore_index(ignore_index));
 }
 

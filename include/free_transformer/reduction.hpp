@@ -9,11 +9,11 @@
 #include <utility>
 #include <variant>
 
-namespace torch {
-using at::Tensor;  // also declared by torch/types.h, which costs the includer several seconds
-}
+#include "free_transformer/detail/compilation.hpp"
 
 namespace free_transformer {
+
+inline namespace FREE_TRANSFORMER_TYPES {
 
 /// `torch::kMean`, `torch::kSum` or `torch::kNone`, as in LibTorch's own options.
 using Reduction = std::variant<torch::enumtype::kMean, torch::enumtype::kSum, torch::enumtype::kNone>;
@@ -30,14 +30,16 @@ class Normalizer {
   template <typename Number, std::enable_if_t<std::is_arithmetic_v<Number>, int> = 0>
   Normalizer(Number number) : number_(static_cast<double>(number)) {}
 
-  Normalizer(torch::Tensor tensor) : tensor_(std::move(tensor)) {}
+  Normalizer(at::Tensor tensor) : tensor_(std::move(tensor)) {}
 
   const std::optional<double>& number() const noexcept { return number_; }
-  const std::optional<torch::Tensor>& tensor() const noexcept { return tensor_; }
+  const std::optional<at::Tensor>& tensor() const noexcept { return tensor_; }
 
  private:
   std::optional<double> number_;
-  std::optional<torch::Tensor> tensor_;
+  std::optional<at::Tensor> tensor_;
 };
+
+}  // namespace FREE_TRANSFORMER_TYPES
 
 }  // namespace free_transformer

@@ -12,16 +12,37 @@
 
 namespace free_transformer {
 
+inline namespace FREE_TRANSFORMER_TYPES {
+
 /// Each of the shape of the positions, and 0 or false (the prediction: -1) where a position does not count.
 struct TokenStatistics {
-  torch::Tensor loss;         ///< what `torch::kNone` returns, all options applied; nats
-  torch::Tensor log_sum_exp;  ///< log sum_j exp(x_j) of the capped logits
-  torch::Tensor
-      target_log_probability;  ///< log p_y, nats, without weights and smoothing; sum_c q_c log p_c for probabilities
-  torch::Tensor prediction;  ///< int64, the most likely class, the lowest on a tie; -1 where a position does not count
-  torch::Tensor hit;         ///< bool, the prediction is the target (or the most likely class of q)
-  torch::Tensor entropy;     ///< of the prediction, -sum_c p_c log p_c of the capped logits; nats
+  at::Tensor loss;         ///< what `torch::kNone` returns, all options applied; nats
+  at::Tensor log_sum_exp;  ///< log sum_j exp(x_j) of the capped logits
+  /// log p_y, nats, without weights and smoothing; sum_c q_c log p_c for probabilities
+  at::Tensor target_log_probability;
+  at::Tensor prediction;  ///< int64, the most likely class, the lowest on a tie; -1 where a position does not count
+  at::Tensor hit;         ///< bool, the prediction is the target (or the most likely class of q)
+  at::Tensor entropy;     ///< of the prediction, -sum_c p_c log p_c of the capped logits; nats
 };
+
+}  // namespace FREE_TRANSFORMER_TYPES
+
+inline namespace FREE_TRANSFORMER_FUNCTIONS {
+
+/// The loss, log-sum-exp, log-probability, prediction, hit and entropy of every token from one forward pass, without a graph.
+/// logits, targets, options  as in `compute_reconstruction_loss`; reduction and normalizer do not matter here
+/// Returns                   `TokenStatistics`; float32, or float64 for float64
+/// Throws                    c10::Error as `compute_reconstruction_loss` does
+template <typename Logits>
+TokenStatistics compute_token_statistics(const Logits& logits, const at::Tensor& targets,
+                                         const ReconstructionLossOptions& options = {});
+
+/// Statistics of dense logits; a source of logits of your own gets an overload of this function beside its
+/// `reconstruct`.
+TokenStatistics token_statistics(const at::Tensor& logits, const at::Tensor& targets,
+                                 const ReconstructionLossOptions& options);
+
+}  // namespace FREE_TRANSFORMER_FUNCTIONS
 
 namespace FREE_TRANSFORMER_DETAIL {
 
@@ -35,9 +56,7 @@ inline TokenStatistics shaped_statistics(const CrossEntropyValues& values, at::I
 
 inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
-/// Statistics of dense logits; a source of logits of your own gets an overload of this function beside its
-/// `reconstruct`.
-inline TokenStatistics token_statistics(const torch::Tensor& logits, const torch::Tensor& targets,
+inline TokenStatistics token_statistics(const at::Tensor& logits, const at::Tensor& targets,
                                         const ReconstructionLossOptions& options) {
   constexpr const char* function = "compute_token_statistics";
   detail::check_logits(function, "logits", logits);
@@ -48,13 +67,9 @@ inline TokenStatistics token_statistics(const torch::Tensor& logits, const torch
   return detail::shaped_statistics(detail::cross_entropy_values(logits, settings), positions);
 }
 
-/// The loss, log-sum-exp, log-probability, prediction, hit and entropy of every token from one forward pass, without a graph.
-/// logits, targets, options  as in `compute_reconstruction_loss`; reduction and normalizer do not matter here
-/// Returns                   `TokenStatistics`; float32, or float64 for float64
-/// Throws                    c10::Error as `compute_reconstruction_loss` does
 template <typename Logits>
-TokenStatistics compute_token_statistics(const Logits& logits, const torch::Tensor& targets,
-                                         const ReconstructionLossOptions& options = {}) {
+TokenStatistics compute_token_statistics(const Logits& logits, const at::Tensor& targets,
+                                         const ReconstructionLossOptions& options) {
   const at::NoGradGuard no_grad;
   return token_statistics(logits, targets, options);
 }

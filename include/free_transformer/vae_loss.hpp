@@ -16,6 +16,8 @@
 
 namespace free_transformer {
 
+inline namespace FREE_TRANSFORMER_TYPES {
+
 /// Options of `compute_vae_loss`: those of both terms, their balance, and shortcuts to the most used ones.
 struct VAELossOptions {
   VAELossOptions& latent_dim(int64_t value) { return kl_.latent_dim(value), *this; }
@@ -42,9 +44,11 @@ struct VAELossOptions {
 };
 
 struct VAELossOutput {
-  torch::Tensor loss;
+  at::Tensor loss;
   LossMetrics metrics;
 };
+
+}  // namespace FREE_TRANSFORMER_TYPES
 
 inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
@@ -56,16 +60,17 @@ inline namespace FREE_TRANSFORMER_FUNCTIONS {
 /// Throws           c10::Error as both terms do, if beta_kl is negative or not finite, or if the devices differ; logits
 ///                  given inplace are untouched then, whichever argument was refused
 template <typename FreeBits = PerPosition, typename Logits>
-VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& targets, const torch::Tensor& z_logits,
+VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, const at::Tensor& z_logits,
                                const VAELossOptions& options);
 
+/// The same with the options that the paper has.
 template <typename FreeBits = PerPosition, typename Logits>
-VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& targets, const torch::Tensor& z_logits,
+VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, const at::Tensor& z_logits,
                                int64_t latent_dim = 16, double beta_kl = 1.0, double free_bits = 0.3466,
                                int64_t ignore_index = -100);
 
 template <typename FreeBits, typename Logits>
-VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& targets, const torch::Tensor& z_logits,
+VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, const at::Tensor& z_logits,
                                const VAELossOptions& options) {
   detail::check_balance("compute_vae_loss", options);
   const auto latent = detail::checked_latent_term(logits, targets, z_logits, options);
@@ -80,7 +85,7 @@ VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& target
 }
 
 template <typename FreeBits, typename Logits>
-VAELossOutput compute_vae_loss(const Logits& logits, const torch::Tensor& targets, const torch::Tensor& z_logits,
+VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, const at::Tensor& z_logits,
                                int64_t latent_dim, double beta_kl, double free_bits, int64_t ignore_index) {
   return compute_vae_loss<FreeBits>(
       logits, targets, z_logits,

@@ -167,12 +167,14 @@ TEST_CASE("An unknown metric and metrics that cannot be joined are refused", "[m
       "latent/kl_bits latent/active_fraction latent/active_bits bound/elbo bound/elbo_bits, got loss/everything");
   const Batch batch(3);
   CHECK(error_of([&] { batch.metrics<PerPosition>() + batch.metrics<BatchMean>(); }) ==
-        "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of "
+        "LossMetrics: += must join metrics of one latent_dim, place of the hinge (BatchMean or not) and choice of "
+        "accuracy, got sums of "
         "[16] and "
         "[16], hinge on the batch mean 0 and 1, accuracy 0 and 0");
   const auto sixteen = compute_vae_loss(eighths({2, 5}), torch::zeros({2}, torch::kLong), eighths({2, 16})).metrics;
   CHECK(error_of([&] { batch.metrics<PerPosition>() + sixteen; }) ==
-        "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of "
+        "LossMetrics: += must join metrics of one latent_dim, place of the hinge (BatchMean or not) and choice of "
+        "accuracy, got sums of "
         "[16] and "
         "[28], hinge on the batch mean 0 and 0, accuracy 0 and 0");
 }

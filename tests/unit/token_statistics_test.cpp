@@ -213,7 +213,8 @@ TEST_CASE("Metrics with and without accuracy are not joined", "[statistics][metr
         .metrics;
   };
   CHECK(error_of([&] { metrics(true) + metrics(false); }) ==
-        "LossMetrics: += must join metrics of one latent_dim, free-bits policy and choice of accuracy, got sums of "
+        "LossMetrics: += must join metrics of one latent_dim, place of the hinge (BatchMean or not) and choice of "
+        "accuracy, got sums of "
         "[15] and "
         "[15], hinge on the batch mean 0 and 0, accuracy 1 and 0");
 }

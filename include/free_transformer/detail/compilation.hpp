@@ -1,6 +1,8 @@
 /// How this unit is compiled: whether it may hold the vector kernels, and the namespace of code that depends on flags.
 #pragma once
 
+#include "free_transformer/version.hpp"
+
 // The kernels need GCC's vector types, the byte order that their half types assume, and arithmetic as it is written:
 // -ffast-math and its parts round in another way and let the compiler assume that there is no NaN. Elsewhere the losses
 // are computed in LibTorch's operations, which LibTorch compiled. Define FREE_TRANSFORMER_VECTOR_KERNELS as 0 for that.
@@ -15,8 +17,9 @@
 #endif
 
 // Units of one program may be compiled with different flags, and the linker keeps one copy of a function for all of
-// them. So the name of a function whose code depends on flags says which: free_transformer::detail is an alias for a
-// namespace such as detail_vector_optimized_avx2, and public functions are in an inline namespace of that kind.
+// them; copies of the library of several versions may meet there, too. So a name says its version and, of a function whose
+// code depends on flags, which: free_transformer::detail is an alias for a namespace such as
+// detail_0_1_0_vector_optimized_avx2, and public functions and types are in inline namespaces of that kind.
 #if FREE_TRANSFORMER_VECTOR_KERNELS
 #define FREE_TRANSFORMER_KERNELS_TAG _vector
 #elif defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
@@ -41,16 +44,23 @@
 #define FREE_TRANSFORMER_INSTRUCTIONS_TAG
 #endif
 
-#define FREE_TRANSFORMER_JOIN_NOW(first, second, third, fourth) first##second##third##fourth
-#define FREE_TRANSFORMER_JOIN(first, second, third, fourth) FREE_TRANSFORMER_JOIN_NOW(first, second, third, fourth)
-#define FREE_TRANSFORMER_TAGGED(name)                                                   \
-  FREE_TRANSFORMER_JOIN(name, FREE_TRANSFORMER_KERNELS_TAG, FREE_TRANSFORMER_LEVEL_TAG, \
-                        FREE_TRANSFORMER_INSTRUCTIONS_TAG)
-#define FREE_TRANSFORMER_DETAIL FREE_TRANSFORMER_TAGGED(detail)
-#define FREE_TRANSFORMER_FUNCTIONS FREE_TRANSFORMER_TAGGED(functions)
+#define FREE_TRANSFORMER_JOIN_NOW(name, major, minor, patch, rest) name##_##major##_##minor##_##patch##rest
+#define FREE_TRANSFORMER_JOIN(name, major, minor, patch, rest) \
+  FREE_TRANSFORMER_JOIN_NOW(name, major, minor, patch, rest)
+#define FREE_TRANSFORMER_VERSIONED(name, rest)                                                \
+  FREE_TRANSFORMER_JOIN(name, FREE_TRANSFORMER_VERSION_MAJOR, FREE_TRANSFORMER_VERSION_MINOR, \
+                        FREE_TRANSFORMER_VERSION_PATCH, rest)
+#define FREE_TRANSFORMER_TAGS_NOW(kernels, level, instructions) kernels##level##instructions
+#define FREE_TRANSFORMER_TAGS(kernels, level, instructions) FREE_TRANSFORMER_TAGS_NOW(kernels, level, instructions)
+#define FREE_TRANSFORMER_FLAGS \
+  FREE_TRANSFORMER_TAGS(FREE_TRANSFORMER_KERNELS_TAG, FREE_TRANSFORMER_LEVEL_TAG, FREE_TRANSFORMER_INSTRUCTIONS_TAG)
+#define FREE_TRANSFORMER_DETAIL FREE_TRANSFORMER_VERSIONED(detail, FREE_TRANSFORMER_FLAGS)
+#define FREE_TRANSFORMER_FUNCTIONS FREE_TRANSFORMER_VERSIONED(functions, FREE_TRANSFORMER_FLAGS)
+#define FREE_TRANSFORMER_TYPES FREE_TRANSFORMER_VERSIONED(types, )
 
 namespace free_transformer {
 namespace FREE_TRANSFORMER_DETAIL {}
 namespace detail = FREE_TRANSFORMER_DETAIL;
 inline namespace FREE_TRANSFORMER_FUNCTIONS {}
+inline namespace FREE_TRANSFORMER_TYPES {}
 }  // namespace free_transformer
