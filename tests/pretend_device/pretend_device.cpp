@@ -1,0 +1,257 @@
+// The pretend device: its memory, its guard, and the few operations that are its own. All others are the CPU's.
+#include "pretend_device.hpp"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/NativeFunctions.h>
+#include <ATen/native/CPUFallback.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/util/Exception.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+#include <torch/version.h>
+#include <unistd.h>
+
+#if TORCH_VERSION_MAJOR >= 2
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#endif
+
+#include <mutex>
+#include <optional>
+#include <utility>
+
+namespace pretend_device {
+
+namespace {
+
+#if TORCH_VERSION_MAJOR >= 2
+template <typename Value>
+using Optional = std::optional<Value>;
+#else
+template <typename Value>
+using Optional = c10::optional<Value>;
+#endif
+
+/// One range of addresses, given out from its front and anew once nothing of it is in use. It can be read and written
+/// while the device is at work alone: a kernel of the library that took a device's pointer for one of the CPU ends the test.
+class Memory final : public c10::Allocator {
+ public:
+  static Memory& instance() {
+    static Memory& memory = *new Memory;  // tensors may outlive everything static
+    return memory;
+  }
+
+#if TORCH_VERSION_MAJOR >= 2
+  c10::DataPtr allocate(size_t bytes) override { return take(bytes); }
+  void copy_data(void*, const void*, size_t) const override {
+    TORCH_CHECK(false, "pretend device: memory is copied as tensors only");
+  }
+#else
+  c10::DataPtr allocate(size_t bytes) const override { return instance().take(bytes); }
+#endif
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
+
+  /// Within reach as long as it lives.
+  class Reach {
+   public:
+    Reach() : lock_(instance().reach_) { instance().protect(PROT_READ | PROT_WRITE); }
+    ~Reach() { instance().protect(PROT_NONE); }
+    Reach(const Reach&) = delete;
+    Reach& operator=(const Reach&) = delete;
+
+   private:
+    const std::lock_guard<std::mutex> lock_;
+  };
+
+ private:
+  static constexpr size_t size = size_t{1} << 30;  // addresses, not memory
+
+  Memory() {
+    void* range = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    TORCH_CHECK(range != MAP_FAILED, "pretend device: no address space");
+    begin_ = static_cast<char*>(range);
+  }
+
+  c10::DataPtr take(size_t bytes) {
+    if (bytes == 0) return {nullptr, device()};
+    const std::lock_guard<std::mutex> lock(mutex_);
+    constexpr size_t line = 64;
+    const size_t rounded = (bytes + line - 1) / line * line;
+    TORCH_CHECK(rounded <= size - used_, "pretend device: out of memory");
+    void* data = begin_ + std::exchange(used_, used_ + rounded);
+    ++tensors_;
+    return {data, data, &give_back, device()};
+  }
+
+  static void give_back(void*) {
+    Memory& memory = instance();
+    const std::lock_guard<std::mutex> lock(memory.mutex_);
+    if (--memory.tensors_ == 0) memory.used_ = 0;
+  }
+
+  void protect(int access) { TORCH_INTERNAL_ASSERT(mprotect(begin_, size, access) == 0); }
+
+  std::mutex reach_, mutex_;
+  char* begin_ = nullptr;
+  size_t used_ = 0, tensors_ = 0;
+};
+
+/// One device with one stream, on which everything has happened when a call returns.
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return c10::DeviceType::PrivateUse1; }
+  c10::Device exchangeDevice(c10::Device) const override { return device(); }
+  c10::Device getDevice() const override { return device(); }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
+  c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
+  c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream(); }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override {}
+
+ private:
+  static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, device()); }
+};
+
+#if TORCH_VERSION_MAJOR >= 2
+/// Autograd asks these which device is the machine's accelerator, whose streams it orders.
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  void setCurrentDevice(c10::DeviceIndex) const override {}
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
+};
+#endif
+
+std::mutex operations_mutex;
+std::vector<std::string> operations;
+
+/// True while an operation of this thread is at work: what it calls is part of it.
+thread_local bool is_within_operation = false;
+
+/// Counts an operation, and nothing within it, and lets it reach the device's memory.
+class Operation {
+ public:
+  explicit Operation(const std::string& name) : was_within_(std::exchange(is_within_operation, true)) {
+    if (was_within_) return;
+    reach_.emplace();
+    const std::lock_guard<std::mutex> lock(operations_mutex);
+    operations.push_back(name);
+  }
+  ~Operation() { is_within_operation = was_within_; }
+  Operation(const Operation&) = delete;
+  Operation& operator=(const Operation&) = delete;
+
+ private:
+  const bool was_within_;
+  std::optional<Memory::Reach> reach_;
+};
+
+/// The same memory as a tensor of the CPU.
+at::Tensor on_cpu(const at::Tensor& tensor) {
+  if (tensor.is_cpu()) return tensor;
+  return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
+}
+
+at::Tensor empty(at::IntArrayRef sizes, Optional<at::ScalarType> type, Optional<at::Layout>, Optional<at::Device>,
+                 Optional<bool>, Optional<at::MemoryFormat> format) {
+  return at::detail::empty_generic(sizes, &Memory::instance(), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+                                   type.value_or(at::kFloat), format);
+}
+
+at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, Optional<at::ScalarType> type,
+                         Optional<at::Layout>, Optional<at::Device>, Optional<bool>) {
+  return at::detail::empty_strided_generic(sizes, strides, &Memory::instance(),
+                                           c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+                                           type.value_or(at::kFloat));
+}
+
+at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool /*non_blocking*/) {
+  const Operation operation(target.is_cpu() ? copy_to_host : "aten::_copy_from");
+  on_cpu(target).copy_(on_cpu(source));
+  return target;
+}
+
+/// Contiguous, without the values: nothing here grows a tensor that has some.
+const at::Tensor& resize(const at::Tensor& tensor, at::IntArrayRef sizes, Optional<at::MemoryFormat> /*format*/) {
+  auto* const implementation = tensor.unsafeGetTensorImpl();
+  implementation->set_sizes_contiguous(sizes);
+  const size_t bytes =
+      static_cast<size_t>(tensor.storage_offset() + tensor.numel()) * static_cast<size_t>(tensor.itemsize());
+  const c10::Storage& storage = tensor.storage();
+  if (storage.nbytes() < bytes) {
+    storage.unsafeGetStorageImpl()->set_data_ptr(Memory::instance().allocate(bytes));
+    storage.unsafeGetStorageImpl()->set_nbytes(bytes);
+  }
+  return tensor;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor& source, const at::Tensor& target) {
+  if (target.sizes() != source.sizes()) target.resize_(source.sizes());
+  return copy_from(source, target, false);
+}
+
+at::Tensor view(const at::Tensor& tensor, at::IntArrayRef sizes) { return at::native::view(tensor, sizes); }
+
+at::Tensor as_strided(const at::Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides,
+                      Optional<int64_t> offset) {
+  return at::native::as_strided_tensorimpl(tensor, sizes, strides, offset);
+}
+
+at::Tensor reshape_alias(const at::Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  return at::native::_reshape_alias(tensor, sizes, strides);
+}
+
+void by_cpu(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
+  const auto& name = handle.operator_name();
+  const Operation operation(name.overload_name.empty() ? name.name : name.name + "." + name.overload_name);
+  at::native::cpu_fallback(handle, stack);
+}
+
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  c10::SetAllocator(c10::DeviceType::PrivateUse1, &Memory::instance());
+#if TORCH_VERSION_MAJOR >= 2
+  c10::register_privateuse1_backend("pretend");
+  at::RegisterPrivateUse1HooksInterface(new Hooks);
+#endif
+  library.impl("empty.memory_format", TORCH_FN(empty));
+  library.impl("empty_strided", TORCH_FN(empty_strided));
+  library.impl("_copy_from", TORCH_FN(copy_from));
+  library.impl("_copy_from_and_resize", TORCH_FN(copy_from_and_resize));
+  library.impl("resize_", TORCH_FN(resize));
+  library.impl("view", TORCH_FN(view));
+  library.impl("as_strided", TORCH_FN(as_strided));
+  library.impl("_reshape_alias", TORCH_FN(reshape_alias));
+}
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&by_cpu>()); }
+
+}  // namespace
+
+at::Device device() { return {c10::DeviceType::PrivateUse1, 0}; }
+
+std::vector<std::string> take_operations() {
+  const std::lock_guard<std::mutex> lock(operations_mutex);
+  return std::exchange(operations, {});
+}
+
+bool is_out_of_reach(const at::Tensor& tensor) {
+  int ends[2];
+  TORCH_CHECK(pipe(ends) == 0, "pretend device: no pipe");
+  const bool is_refused = write(ends[1], tensor.data_ptr(), 1) < 0;  // the kernel reads it, and says if it can't
+  close(ends[0]);
+  close(ends[1]);
+  return is_refused;
+}
+
+}  // namespace pretend_device
