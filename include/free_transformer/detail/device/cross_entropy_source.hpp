@@ -424,6 +424,7 @@ __device__ inline Row with_target(Reduced of_others, int target, float target_lo
   row.target_exponential = static_cast<double>(expf(target_logit - reference_of(row.largest)));
   const double argument = is_largest ? row.others : row.others - 1.0 + row.target_exponential;
   row.log_sum = static_cast<double>(log1pf(static_cast<float>(argument)));
+  if (fabsf(row.largest) == infinity()) row.log_sum = static_cast<double>(not_a_number());
   row.surprise = row.weight = 0.0;
 #if SMOOTHING
   const double weight = static_cast<double>(target_weight);
