@@ -19,6 +19,7 @@
 #define KERNEL inline
 #define UNROLL
 #define __device__
+#define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
 

@@ -15,12 +15,12 @@ inline constexpr char arithmetic_source[] = R"(
 #if defined(__CUDACC_RTC__)
 #define KERNEL extern "C" __global__
 #define UNROLL _Pragma("unroll")
-__device__ inline float float_of_half(unsigned short half) {
+__device__ __forceinline__ float float_of_half(unsigned short half) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
   return value;
 }
-__device__ inline unsigned short half_of_float(float value) {
+__device__ __forceinline__ unsigned short half_of_float(float value) {
   unsigned short half;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
@@ -36,10 +36,10 @@ typedef unsigned short Number;
 constexpr int numbers_of_vector = 16 / static_cast<int>(sizeof(Number));
 constexpr unsigned all_lanes = 0xffffffffu;
 
-__device__ inline float infinity() { return __uint_as_float(0x7f800000u); }
-__device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+__device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
-__device__ inline float widened(Number number) {
+__device__ __forceinline__ float widened(Number number) {
 #if ELEMENT == 0
   return number;
 #elif ELEMENT == 1
@@ -50,7 +50,7 @@ __device__ inline float widened(Number number) {
 }
 
 // To the nearest, on a tie to the even one.
-__device__ inline Number narrowed(float value) {
+__device__ __forceinline__ Number narrowed(float value) {
 #if ELEMENT == 0
   return value;
 #elif ELEMENT == 1
@@ -63,7 +63,7 @@ __device__ inline Number narrowed(float value) {
 }
 
 // Of an address that 16 divides.
-__device__ inline void load_vector(const Number* address, float (&values)[numbers_of_vector]) {
+__device__ __forceinline__ void load_vector(const Number* address, float (&values)[numbers_of_vector]) {
   const uint4 loaded = *reinterpret_cast<const uint4*>(address);
   const unsigned words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
   UNROLL
@@ -77,7 +77,7 @@ __device__ inline void load_vector(const Number* address, float (&values)[number
   }
 }
 
-__device__ inline void store_vector(const float (&values)[numbers_of_vector], Number* address) {
+__device__ __forceinline__ void store_vector(const float (&values)[numbers_of_vector], Number* address) {
   unsigned words[4];
   UNROLL
   for (int k = 0; k < 4; ++k) {
@@ -96,13 +96,13 @@ struct RowLayout {
   long long rows_of_group, group_stride, row_stride;
 };
 
-__device__ inline long long offset_of(const RowLayout& layout, long long row) {
+__device__ __forceinline__ long long offset_of(const RowLayout& layout, long long row) {
   if (row < layout.rows_of_group) return row * layout.row_stride;  // a division costs some hundred instructions
   return row / layout.rows_of_group * layout.group_stride + row % layout.rows_of_group * layout.row_stride;
 }
 
 // The token weight of a row that counts, NaN where its target is out of range; 0 where it does not count.
-__device__ inline float weight_of_row(long long target, long long ignore_index, const float* token_weight,
+__device__ __forceinline__ float weight_of_row(long long target, long long ignore_index, const float* token_weight,
                                       long long row, long long columns) {
   if (target == ignore_index) return 0.0f;
   const float weight = token_weight ? token_weight[row] : 1.0f;
@@ -114,20 +114,20 @@ struct CompensatedSum {
   float sum, lost;
 };
 
-__device__ inline void add(CompensatedSum& to, float term) {
+__device__ __forceinline__ void add(CompensatedSum& to, float term) {
   const float sum = to.sum + term;
   const float of_term = sum - to.sum;
   to.lost += (to.sum - (sum - of_term)) + (term - of_term);
   to.sum = sum;
 }
 
-__device__ inline double value_of(const CompensatedSum& of) {
+__device__ __forceinline__ double value_of(const CompensatedSum& of) {
   const bool is_finite = fabsf(of.sum) < infinity();  // else what was lost is a NaN
   return is_finite ? static_cast<double>(of.sum) + static_cast<double>(of.lost) : static_cast<double>(of.sum);
 }
 
 // Over the lanes that differ in the bits from first_offset down to last_offset; each of them gets the same bits.
-__device__ inline double sum_of_lanes(double value, int first_offset, int last_offset) {
+__device__ __forceinline__ double sum_of_lanes(double value, int first_offset, int last_offset) {
   for (int offset = first_offset; offset >= last_offset; offset /= 2) value += __shfl_xor_sync(all_lanes, value, offset);
   return value;
 }
@@ -140,7 +140,7 @@ struct Divisor {
 };
 
 // The factor of every weighted loss. A mean of nothing is 0; a divisor of 0 for something that counts divides by 0.
-__device__ inline double loss_scale(const Divisor& divisor, double weight_sum, double counted) {
+__device__ __forceinline__ double loss_scale(const Divisor& divisor, double weight_sum, double counted) {
   if (divisor.kind == 0) return 1.0;
   if (divisor.kind == 2) return 1.0 / divisor.number;
   if (divisor.kind == 1) return weight_sum == 0.0 ? 0.0 : 1.0 / weight_sum;
@@ -150,7 +150,7 @@ __device__ inline double loss_scale(const Divisor& divisor, double weight_sum, d
 
 // True in the block that comes here last, which then sees what all others have written before. The ticket is 0 before
 // the launch and after it.
-__device__ inline bool is_last_block(unsigned* ticket) {
+__device__ __forceinline__ bool is_last_block(unsigned* ticket) {
   __shared__ bool is_last;
   __threadfence();
   __syncthreads();
@@ -165,15 +165,17 @@ __device__ inline bool is_last_block(unsigned* ticket) {
 
 // Sums of `count` values that every thread of the block has, written by thread 0; `room` holds 32 * count numbers.
 template <int count>
-__device__ inline void sum_over_block(const double (&values)[count], double (&room)[32][count], double* sums) {
+__device__ __forceinline__ void sum_over_block(const double (&values)[count], double (&room)[32][count], double* sums) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
+  UNROLL
   for (int k = 0; k < count; ++k) {
     const double of_warp = sum_of_lanes(values[k], 16, 1);
     if (lane == 0) room[warp][k] = of_warp;
   }
   __syncthreads();
   if (warp == 0) {
+    UNROLL
     for (int k = 0; k < count; ++k) {
       const double sum = sum_of_lanes(lane < warps ? room[lane][k] : 0.0, 16, 1);
       if (lane == 0) sums[k] = sum;
@@ -185,14 +187,16 @@ __device__ inline void sum_over_block(const double (&values)[count], double (&ro
 // The sums of `count` values over all threads of the launch, in the order of the blocks. True in the one block that has
 // them, to be read after a barrier. `partial` holds count numbers for each block.
 template <int count>
-__device__ inline bool sum_over_launch(const double (&values)[count], double* partial, unsigned* ticket, double* sums) {
+__device__ __forceinline__ bool sum_over_launch(const double (&values)[count], double* partial, unsigned* ticket, double* sums) {
   __shared__ double room[32][count];
   sum_over_block(values, room, partial + static_cast<long long>(blockIdx.x) * count);
   if (!is_last_block(ticket)) return false;
   double of_blocks[count];
+  UNROLL
   for (int k = 0; k < count; ++k) of_blocks[k] = 0.0;
   const volatile double* parts = partial;
   for (long long block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
+    UNROLL
     for (int k = 0; k < count; ++k) of_blocks[k] += parts[block * count + k];
   }
   sum_over_block(of_blocks, room, sums);

@@ -43,7 +43,7 @@ struct CrossEntropyJob {
   long long* prediction;
 };
 
-__device__ inline float capped(float x, float cap, float inverse_cap) {
+__device__ __forceinline__ float capped(float x, float cap, float inverse_cap) {
 #if SOFTCAP
   return cap * tanhf(x * inverse_cap);
 #else
@@ -52,7 +52,7 @@ __device__ inline float capped(float x, float cap, float inverse_cap) {
 }
 
 // The cap's derivative 1 - tanh^2, in a form that keeps its digits where tanh is near 1.
-__device__ inline float slope_of_cap(float x, float inverse_cap) {
+__device__ __forceinline__ float slope_of_cap(float x, float inverse_cap) {
 #if SOFTCAP
   const float decay = expf(-2.0f * inverse_cap * fabsf(x));
   return 4.0f * decay / ((1.0f + decay) * (1.0f + decay));
@@ -62,7 +62,7 @@ __device__ inline float slope_of_cap(float x, float inverse_cap) {
 }
 
 // What exponentials are taken relative to.
-__device__ inline float reference_of(float largest) { return largest == -infinity() ? 0.0f : largest; }
+__device__ __forceinline__ float reference_of(float largest) { return largest == -infinity() ? 0.0f : largest; }
 
 // What a thread has seen of the row's classes other than the target; all relative to reference_of(largest).
 struct Seen {
@@ -78,12 +78,12 @@ struct Seen {
 #endif
 };
 
-__device__ inline void scale(CompensatedSum& sum, float factor) {
+__device__ __forceinline__ void scale(CompensatedSum& sum, float factor) {
   sum.sum *= factor;
   sum.lost *= factor;
 }
 
-__device__ inline void raise_largest(Seen& seen, float larger, int prediction) {
+__device__ __forceinline__ void raise_largest(Seen& seen, float larger, int prediction) {
   const float rise = reference_of(larger) - reference_of(seen.largest);
   seen.largest = larger;
   seen.prediction = prediction;
@@ -101,7 +101,7 @@ __device__ inline void raise_largest(Seen& seen, float larger, int prediction) {
 
 // Takes in `count` logits from `column` on.
 template <int count>
-__device__ inline void take_in(float (&x)[count], int column, int target, const CrossEntropyJob& job, Seen& seen) {
+__device__ __forceinline__ void take_in(float (&x)[count], int column, int target, const CrossEntropyJob& job, Seen& seen) {
   if (target >= column && target < column + count) {
     UNROLL
     for (int k = 0; k < count; ++k) x[k] = column + k == target ? -infinity() : x[k];
@@ -164,7 +164,7 @@ struct Reduced {
 #endif
 };
 
-__device__ inline Reduced reduced(const Seen& seen) {
+__device__ __forceinline__ Reduced reduced(const Seen& seen) {
   Reduced of;
   of.largest = seen.largest;
   of.prediction = seen.prediction;
@@ -180,7 +180,7 @@ __device__ inline Reduced reduced(const Seen& seen) {
 }
 
 // Makes everything relative to the reference of a largest logit that is not below the present one.
-__device__ inline void refer_to(float largest, Reduced& row) {
+__device__ __forceinline__ void refer_to(float largest, Reduced& row) {
   const double rise = static_cast<double>(reference_of(largest)) - static_cast<double>(reference_of(row.largest));
   row.largest = largest;
 #if SMOOTHING
@@ -195,7 +195,7 @@ __device__ inline void refer_to(float largest, Reduced& row) {
 }
 
 // Every lane gets what all lanes of its warp have.
-__device__ inline void combine_lanes(Reduced& row) {
+__device__ __forceinline__ void combine_lanes(Reduced& row) {
   float largest = row.largest;
   int prediction = row.prediction;
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -219,7 +219,7 @@ __device__ inline void combine_lanes(Reduced& row) {
 }
 
 // Warp 0 gets what the whole block has.
-__device__ inline void combine_block(Reduced& row) {
+__device__ __forceinline__ void combine_block(Reduced& row) {
   __shared__ Reduced of_warps[16];
   const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / 32;
   combine_lanes(row);
@@ -250,7 +250,7 @@ struct Vectors {
   int head, count, tail;
 };
 
-__device__ inline Vectors vectors_of(const Number* row, int columns) {
+__device__ __forceinline__ Vectors vectors_of(const Number* row, int columns) {
   const unsigned long long behind = reinterpret_cast<unsigned long long>(row) % 16;
   const int to_boundary = static_cast<int>((16 - behind) % 16 / sizeof(Number));
   Vectors vectors;
@@ -260,13 +260,13 @@ __device__ inline Vectors vectors_of(const Number* row, int columns) {
   return vectors;
 }
 
-__device__ inline void take_in_number(const Number* logits, int column, int target, const CrossEntropyJob& job,
+__device__ __forceinline__ void take_in_number(const Number* logits, int column, int target, const CrossEntropyJob& job,
                                       float cap, float inverse_cap, Seen& seen) {
   float x[1] = {capped(widened(logits[column]), cap, inverse_cap)};
   take_in(x, column, target, job, seen);
 }
 
-__device__ inline Reduced read_row(const Number* logits, int target, const CrossEntropyJob& job) {
+__device__ __forceinline__ Reduced read_row(const Number* logits, int target, const CrossEntropyJob& job) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int columns = static_cast<int>(job.columns);
   const float cap = static_cast<float>(job.softcap), inverse_cap = 1.0f / cap;
@@ -304,7 +304,7 @@ __device__ inline Reduced read_row(const Number* logits, int target, const Cross
 }
 
 template <int count>
-__device__ inline void differentiate(float (&x)[count], int column, int target, const CrossEntropyJob& job, float cap,
+__device__ __forceinline__ void differentiate(float (&x)[count], int column, int target, const CrossEntropyJob& job, float cap,
                                      float inverse_cap, const Coefficients& coefficients) {
   UNROLL
   for (int k = 0; k < count; ++k) {
@@ -321,7 +321,7 @@ __device__ inline void differentiate(float (&x)[count], int column, int target, 
   }
 }
 
-__device__ inline void differentiate_number(const Number* logits, int column, int target, const CrossEntropyJob& job,
+__device__ __forceinline__ void differentiate_number(const Number* logits, int column, int target, const CrossEntropyJob& job,
                                             float cap, float inverse_cap, const Coefficients& coefficients,
                                             Number* gradient) {
   float x[1] = {widened(logits[column])};
@@ -330,7 +330,7 @@ __device__ inline void differentiate_number(const Number* logits, int column, in
 }
 
 // Each number is read by the thread that writes it, before: gradient and logits may be the same.
-__device__ inline void write_gradient(const Number* logits, int target, const CrossEntropyJob& job,
+__device__ __forceinline__ void write_gradient(const Number* logits, int target, const CrossEntropyJob& job,
                                       const Coefficients& coefficients, Number* gradient) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int columns = static_cast<int>(job.columns);
@@ -369,7 +369,7 @@ __device__ inline void write_gradient(const Number* logits, int target, const Cr
 }
 
 // The gradient of a row whose logits have no say.
-__device__ inline void fill_gradient(float value, int columns, Number* gradient) {
+__device__ __forceinline__ void fill_gradient(float value, int columns, Number* gradient) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Number number = narrowed(value);
   const Vectors vectors = vectors_of(gradient, columns);
@@ -388,7 +388,7 @@ struct RowLosses {
   long long prediction;
 };
 
-__device__ inline void write_row(const RowLosses& losses, long long row, const CrossEntropyJob& job) {
+__device__ __forceinline__ void write_row(const RowLosses& losses, long long row, const CrossEntropyJob& job) {
   if (job.loss) job.loss[row] = static_cast<float>(losses.loss);
   if (job.nll) job.nll[row] = static_cast<float>(losses.nll);
   if (job.likelihood_loss) job.likelihood_loss[row] = static_cast<float>(losses.likelihood_loss);
@@ -410,7 +410,7 @@ struct Row {
   long long prediction;
 };
 
-__device__ inline Row with_target(Reduced of_others, int target, float target_logit, float target_weight) {
+__device__ __forceinline__ Row with_target(Reduced of_others, int target, float target_logit, float target_weight) {
   Row row;
   const bool is_prediction = target_logit > of_others.largest ||
                              (target_logit == of_others.largest && target < of_others.prediction);
@@ -434,7 +434,7 @@ __device__ inline Row with_target(Reduced of_others, int target, float target_lo
   return row;
 }
 
-__device__ inline double entropy_of(const Reduced& of_others, const Row& row) {
+__device__ __forceinline__ double entropy_of(const Reduced& of_others, const Row& row) {
 #if ENTROPY
   // -sum_c p_c log p_c with -log p_c = log_sum + largest - x_c: no term is negative, none cancels
   double surprise = of_others.surprise_of_prediction;
@@ -451,7 +451,7 @@ __device__ inline double entropy_of(const Reduced& of_others, const Row& row) {
 #endif
 }
 
-__device__ inline Coefficients coefficients_of(const Row& row, float token_weight, float target_weight, float slope,
+__device__ __forceinline__ Coefficients coefficients_of(const Row& row, float token_weight, float target_weight, float slope,
                                                long long index, const CrossEntropyJob& job) {
   const double upstream = job.upstream ? static_cast<double>(job.upstream[index * job.upstream_stride]) : 1.0;
   const double of_token = static_cast<double>(token_weight) * upstream;
@@ -478,7 +478,7 @@ __device__ inline Coefficients coefficients_of(const Row& row, float token_weigh
   return coefficients;
 }
 
-__device__ inline RowLosses losses_of(const Row& row, float token_weight, float target_weight, double entropy,
+__device__ __forceinline__ RowLosses losses_of(const Row& row, float token_weight, float target_weight, double entropy,
                                       const CrossEntropyJob& job) {
   RowLosses losses;
   losses.nll = row.log_sum + row.rise;
@@ -497,7 +497,9 @@ __device__ inline RowLosses losses_of(const Row& row, float token_weight, float 
   return losses;
 }
 
-KERNEL void __launch_bounds__(512, 2) cross_entropy_rows(const CrossEntropyJob job) {
+// With few options two blocks of 64 registers a thread share a multiprocessor; with more, a thread that has too few would
+// spill.
+KERNEL void __launch_bounds__(512, SOFTCAP + SMOOTHING + ENTROPY < 2 ? 2 : 1) cross_entropy_rows(const CrossEntropyJob job) {
   __shared__ Coefficients shared_coefficients;
   const long long index = blockIdx.x;
   const int columns = static_cast<int>(job.columns);

@@ -31,12 +31,12 @@ struct CrossEntropyBatchJob {
   double* partial;
 };
 
-__device__ inline double class_weight_of_row(const CrossEntropyBatchJob& job, long long target) {
+__device__ __forceinline__ double class_weight_of_row(const CrossEntropyBatchJob& job, long long target) {
   const bool has_weight = job.class_weight && target >= 0 && target < job.columns;
   return has_weight ? static_cast<double>(job.class_weight[target]) : 1.0;
 }
 
-KERNEL void __launch_bounds__(256) cross_entropy_scales(const CrossEntropyBatchJob job) {
+KERNEL void __launch_bounds__(256, 4) cross_entropy_scales(const CrossEntropyBatchJob job) {
   double weights[2] = {0.0, 0.0};
   const long long stride = static_cast<long long>(gridDim.x) * blockDim.x;
   for (long long row = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; row < job.rows; row += stride) {
@@ -52,7 +52,7 @@ KERNEL void __launch_bounds__(256) cross_entropy_scales(const CrossEntropyBatchJ
   job.scales[1] = loss_scale(job.divisor, token_weight, token_weight);
 }
 
-KERNEL void __launch_bounds__(256) cross_entropy_sums(const CrossEntropyBatchJob job) {
+KERNEL void __launch_bounds__(256, 4) cross_entropy_sums(const CrossEntropyBatchJob job) {
   double of[6] = {0.0, 0.0, 0.0, 0.0, 0.0, 0.0};  // in the order of ReconstructionSum
   const long long stride = static_cast<long long>(gridDim.x) * blockDim.x;
   for (long long row = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; row < job.rows; row += stride) {

@@ -48,7 +48,7 @@ constexpr int most_warps = 8;
 //     4 <= x      log 2 - (x s/(1+s) + log(1+s)), the bracket by its series in s
 // with the coefficients of tests/reference/fit_polynomials.py. x is held at 110: KL is log 2 to the last digit, and the
 // derivative has faded through the subnormal numbers to 0; until then it is computed 2^64 times as large.
-__device__ inline void bernoulli_kl(float logit, float& kl, float& derivative) {
+__device__ __forceinline__ void bernoulli_kl(float logit, float& kl, float& derivative) {
   float x = fabsf(logit);
   x = x > 110.0f ? 110.0f : x;  // a NaN stays
   // exp(-x) = 2^n exp(r): n is rounded by adding 1.5 2^23, whose last digit counts ones, and 127 + 64 with it
@@ -97,7 +97,7 @@ struct LaneSums {
   CompensatedSum kl[bits_of_lane];
 };
 
-__device__ inline float sum_over_position(float value) {
+__device__ __forceinline__ float sum_over_position(float value) {
   for (int offset = lanes_of_position / 2; offset > 0; offset /= 2) {
     value += __shfl_xor_sync(all_lanes, value, offset);
   }
@@ -110,7 +110,7 @@ struct Budget {
 };
 
 // How far the KL is above the budget, summed over a position's bits, and the derivatives of what the hinge lets pass.
-__device__ inline float hinge(const float (&kl)[bits_of_lane], Budget budget, bool is_closed,
+__device__ __forceinline__ float hinge(const float (&kl)[bits_of_lane], Budget budget, bool is_closed,
                               float (&derivatives)[bits_of_lane]) {
   float excess = 0.0f;
 #if HINGE == 1
@@ -133,7 +133,7 @@ __device__ inline float hinge(const float (&kl)[bits_of_lane], Budget budget, bo
   return excess;
 }
 
-__device__ inline void process_position(const LatentJob& job, long long position, bool is_inside, Budget budget,
+__device__ __forceinline__ void process_position(const LatentJob& job, long long position, bool is_inside, Budget budget,
                                         bool is_closed, double scale, const float (&logits)[bits_of_lane],
                                         LaneSums& sums) {
   const int lane = static_cast<int>(threadIdx.x) % lanes_of_position;
@@ -168,7 +168,7 @@ __device__ inline void process_position(const LatentJob& job, long long position
 }
 
 // The sums of all lanes of a block, the bits in the order of the lanes that have them.
-__device__ inline void write_partial_sums(const LaneSums& sums, double* partial) {
+__device__ __forceinline__ void write_partial_sums(const LaneSums& sums, double* partial) {
   __shared__ double room[most_warps][32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
@@ -193,7 +193,7 @@ __device__ inline void write_partial_sums(const LaneSums& sums, double* partial)
 }
 
 // By the last block: the sums over all blocks, and what follows from them.
-__device__ inline void finish_sums(const LatentJob& job) {
+__device__ __forceinline__ void finish_sums(const LatentJob& job) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const volatile double* parts = job.partial;
@@ -217,7 +217,7 @@ __device__ inline void finish_sums(const LatentJob& job) {
   if (job.loss) *job.loss = static_cast<float>(job.sums[0] * scale);
 }
 
-KERNEL void __launch_bounds__(256) latent_kl_positions(const LatentJob job) {
+KERNEL void __launch_bounds__(256, bits_of_lane > 4 ? 1 : 4) latent_kl_positions(const LatentJob job) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes_of_position;
   const int positions_of_block = static_cast<int>(blockDim.x) / lanes_of_position;
   Budget budget;
@@ -253,7 +253,7 @@ KERNEL void __launch_bounds__(256) latent_kl_positions(const LatentJob job) {
 }
 
 // The scale of a mean, which the gradient asks for before the positions' sums are known.
-KERNEL void __launch_bounds__(256) latent_kl_scale(const LatentJob job) {
+KERNEL void __launch_bounds__(256, 4) latent_kl_scale(const LatentJob job) {
   double weight[1] = {0.0};
   const long long stride = static_cast<long long>(gridDim.x) * blockDim.x;
   for (long long row = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; row < job.rows; row += stride) {

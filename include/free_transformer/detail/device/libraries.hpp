@@ -86,10 +86,8 @@ bool find_function(void* library, const char* name, Function& function) {
   return function != nullptr;
 }
 
-/// Empty, or why there is none.
-inline std::string load_nvrtc(Nvrtc& nvrtc) {
-  void* const library = open_nvrtc();
-  if (!library) return "NVRTC (libnvrtc.so) was not found";
+/// Empty, or why they are not all there.
+inline std::string find_functions(void* library, Nvrtc& nvrtc) {
   const bool has_all = find_function(library, "nvrtcVersion", nvrtc.version) &&
                        find_function(library, "nvrtcCreateProgram", nvrtc.create) &&
                        find_function(library, "nvrtcDestroyProgram", nvrtc.destroy) &&
@@ -104,6 +102,12 @@ inline std::string load_nvrtc(Nvrtc& nvrtc) {
                        find_function(library, "nvrtcGetNumSupportedArchs", nvrtc.architecture_count) &&
                        find_function(library, "nvrtcGetSupportedArchs", nvrtc.architectures);
   return has_all ? "" : "NVRTC is older than 11.2";
+}
+
+/// Empty, or why there is none.
+inline std::string load_nvrtc(Nvrtc& nvrtc) {
+  void* const library = open_nvrtc();
+  return library ? find_functions(library, nvrtc) : "NVRTC (libnvrtc.so) was not found";
 }
 
 inline std::string load_driver(Driver& driver) {
