@@ -1,5 +1,5 @@
-/// Loader, compiler, cache, folder and launches, driven by stand-in libraries for NVRTC and the driver that are found by
-/// LD_LIBRARY_PATH.
+/// Loader, compiler, cache, folder and launches, driven by stand-in libraries for NVRTC and the driver that are found
+/// by LD_LIBRARY_PATH.
 ///     loader_test stand_in   with those that note what they are asked for
 ///     loader_test lacking    with some that lack functions
 ///     loader_test absent     with none; ends with 77 where the machine has a driver

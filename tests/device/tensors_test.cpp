@@ -1,4 +1,5 @@
-/// The losses from tensors to tensors by the device kernels, emulated on the CPU's memory, against the library's own on the CPU.
+/// The losses from tensors to tensors by the device kernels, emulated on the CPU's memory, against the library's own on
+/// the CPU.
 #include <dlfcn.h>
 #include <torch/torch.h>
 #include <free_transformer/detail/device/cross_entropy.hpp>

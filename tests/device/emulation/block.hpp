@@ -1,8 +1,8 @@
-/// A block of a device's threads on the CPU: the words and functions that CUDA has built in, for the kernels' texts compiled
-/// as C++. Each thread of a block is a fiber of one thread here; blocks run one after the other.
+/// A block of a device's threads on the CPU: the words and functions that CUDA has built in, for the kernels' texts
+/// compiled as C++. Each thread of a block is a fiber of one thread here; blocks run one after the other.
 ///
-/// Fibers run in turn, each until a barrier or a shuffle stops it, in ascending or descending order: a result that differs
-/// between the two depends on a race. Shared memory keeps what the block before has left, as on a device.
+/// Fibers run in turn, each until a barrier or a shuffle stops it, in ascending or descending order: a result that
+/// differs between the two depends on a race. Shared memory keeps what the block before has left, as on a device.
 #pragma once
 
 #include <math.h>
@@ -18,8 +18,7 @@
 
 #define KERNEL inline
 #define UNROLL
-#define __device__
-#define __forceinline__ inline
+#define FUNCTION inline
 #define __shared__ static
 #define __launch_bounds__(...)
 

@@ -32,8 +32,8 @@ inline RowResult row_without_value(size_t columns, Real value) {
   return row;
 }
 
-/// A logit is known to within a rounding or two once it is capped, and its difference to the largest is rounded; both move
-/// an exponential by as much, relatively. A sum is as uncertain as its terms.
+/// A logit is known to within a rounding or two once it is capped, and its difference to the largest is rounded; both
+/// move an exponential by as much, relatively. A sum is as uncertain as its terms.
 inline RowResult reference_row(const std::vector<float>& logits, const RowSettings& settings) {
   const size_t columns = logits.size();
   if (settings.token_weight == 0) return row_without_value(columns, 0);

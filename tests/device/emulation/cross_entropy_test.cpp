@@ -1,5 +1,5 @@
-/// The device kernels of cross entropy, emulated: every combination of type and options, around every size of vector and
-/// block, against the equation.
+/// The device kernels of cross entropy, emulated: every combination of type and options, around every size of vector
+/// and block, against the equation.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -317,8 +317,8 @@ void check_sizes(const std::vector<RowsKernel>& kernels) {
 void check_blocks(const std::vector<RowsKernel>& kernels) {
   size_t turn = 3;
   for (const RowsKernel& kernel : kernels) {
-    for (unsigned threads : {64u, 256u, 512u}) {
-      for (size_t columns : {1, 6, 37, 300}) {
+    for (unsigned threads : {64u, 512u}) {
+      for (size_t columns : {6, 300}) {
         Input input = input_of(kernel, columns, 3, turn++);
         input.threads = threads;
         check(input, kernel);

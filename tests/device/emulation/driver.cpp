@@ -1,6 +1,6 @@
-/// A library with the CUDA driver's functions whose device is this process: its memory is the host's, and a launch runs the
-/// emulated kernel before it returns. With the stand-in for NVRTC beside it, whose binaries say what they were compiled for, the
-/// whole library can be tested as if there were a device.
+/// A library with the CUDA driver's functions whose device is this process: its memory is the host's, and a launch runs
+/// the emulated kernel before it returns. With the stand-in for NVRTC beside it, whose binaries say what they were
+/// compiled for, the whole library can be tested as if there were a device.
 #include <cstdlib>
 #include <cstring>
 #include <list>

@@ -1,5 +1,5 @@
-/// The device kernels of the free-bits KL, emulated: every hinge and type, for numbers of bits around the lanes of a warp,
-/// against the equation; and the KL of single logits over all of float32.
+/// The device kernels of the free-bits KL, emulated: every hinge and type, for numbers of bits around the lanes of a
+/// warp, against the equation; and the KL of single logits over all of float32.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -89,7 +89,7 @@ struct Combination {
 };
 
 void write_latent_kl() {
-  const int every_bits[] = {1, 2, 3, 4, 5, 16, 17, 32, 33, 100, 1024};
+  const int every_bits[] = {1, 2, 3, 4, 5, 16, 17, 32, 33, 1024};
   Combination combinations[100];
   int count = 0;
   for (int bits : every_bits) {

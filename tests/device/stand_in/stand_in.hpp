@@ -1,5 +1,5 @@
-/// What the tests tell the stand-in libraries, and what those have been asked for. The memory is the library's: the test
-/// finds it by name.
+/// What the tests tell the stand-in libraries, and what those have been asked for. The memory is the library's: the
+/// test finds it by name.
 #pragma once
 
 #include <cstddef>

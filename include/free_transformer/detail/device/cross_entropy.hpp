@@ -1,8 +1,8 @@
-/// Cross entropy of float32, float16 and bfloat16 logits on a device by kernels that are compiled at run time, from tensors to
-/// tensors. No value comes to the host and nothing waits.
+/// Cross entropy of float32, float16 and bfloat16 logits on a device by kernels that are compiled at run time, from
+/// tensors to tensors. No value comes to the host and nothing waits.
 ///
-/// With gradient and sums it is four launches: a workspace is zeroed, the scales follow from targets and weights, each row is
-/// read, and the sums are taken. Each function returns why it could not launch, or an empty string.
+/// With gradient and sums it is four launches: a workspace is zeroed, the scales follow from targets and weights, each
+/// row is read, and the sums are taken. Each function returns why it could not launch, or an empty string.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,7 +12,7 @@
 
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/device/launch.hpp"
-#include "free_transformer/detail/device/row_layout.hpp"
+#include "free_transformer/detail/device/tensor_arguments.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/settings.hpp"
 
@@ -77,8 +77,8 @@ inline CrossEntropyRowResults empty_rows(const at::Tensor& targets, bool wants_p
   return rows;
 }
 
-/// One launch. The scales are 0-dim float64, or undefined for 1; upstream is 0-dim or [N] float32, or undefined. The gradient
-/// has the logits' shape and type and may be the logits; undefined, none is computed.
+/// One launch. The scales are 0-dim float64, or undefined for 1; upstream is 0-dim or [N] float32, or undefined. The
+/// gradient has the logits' shape and type and may be the logits; undefined, none is computed.
 inline std::string cross_entropy_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
                                       const at::Tensor& likelihood_scale, const at::Tensor& z_scale,
                                       const at::Tensor& gradient, const at::Tensor& upstream,

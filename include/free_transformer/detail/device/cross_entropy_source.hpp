@@ -1,14 +1,15 @@
 /// The device kernels of cross entropy, as a text for NVRTC: the rows, what a mean divides by, and the sums.
 ///
-/// A block works on one row. It is read once for the largest logit and for the sums of exponentials, and with a gradient
-/// wanted once more, where each thread writes what it has just read: fresh or in place. Float32 logits move 12 bytes an
-/// element with a gradient and 4 without, half types half of that. Between aligned ends the row is read and written 16
-/// bytes at a time; where gradient and logits are not aligned alike, their second reading is one number at a time.
+/// A block works on one row. It is read once for the largest logit and for the sums of exponentials, and with a
+/// gradient wanted once more, where each thread writes what it has just read: fresh or in place. Float32 logits move 12
+/// bytes an element with a gradient and 4 without, half types half of that. Between aligned ends the row is read and
+/// written 16 bytes at a time; where gradient and logits are not aligned alike, their second reading is one number at a
+/// time.
 ///
 /// The numbers are those of the CPU's kernel: the sum leaves out the target's class, so that a confident row keeps its
-/// relative accuracy; each thread's sums are float32 with what their roundings lose, beyond that float64; exp and log are
-/// CUDA's own in float32, without fast-math. The order of every sum is fixed by the row's size and alignment. A float64
-/// operation costs a consumer's device as much as 64 float32 ones: no element has one.
+/// relative accuracy; each thread's sums are float32 with what their roundings lose, beyond that float64; exp and log
+/// are CUDA's own in float32, without fast-math. The order of every sum is fixed by the row's size and alignment. A
+/// float64 operation costs a consumer's device as much as 64 float32 ones: no element has one.
 #pragma once
 
 #include "free_transformer/detail/compilation.hpp"
@@ -43,7 +44,7 @@ struct CrossEntropyJob {
   long long* prediction;
 };
 
-__device__ __forceinline__ float capped(float x, float cap, float inverse_cap) {
+FUNCTION float capped(float x, float cap, float inverse_cap) {
 #if SOFTCAP
   return cap * tanhf(x * inverse_cap);
 #else
@@ -52,7 +53,7 @@ __device__ __forceinline__ float capped(float x, float cap, float inverse_cap) {
 }
 
 // The cap's derivative 1 - tanh^2, in a form that keeps its digits where tanh is near 1.
-__device__ __forceinline__ float slope_of_cap(float x, float inverse_cap) {
+FUNCTION float slope_of_cap(float x, float inverse_cap) {
 #if SOFTCAP
   const float decay = expf(-2.0f * inverse_cap * fabsf(x));
   return 4.0f * decay / ((1.0f + decay) * (1.0f + decay));
@@ -62,13 +63,13 @@ __device__ __forceinline__ float slope_of_cap(float x, float inverse_cap) {
 }
 
 // What exponentials are taken relative to.
-__device__ __forceinline__ float reference_of(float largest) { return largest == -infinity() ? 0.0f : largest; }
+FUNCTION float reference_of(float largest) { return largest == -infinity() ? 0.0f : largest; }
 
 // What a thread has seen of the row's classes other than the target; all relative to reference_of(largest).
 struct Seen {
   float largest;
-  int prediction;              // class of the largest, the lowest on a tie
-  CompensatedSum exponentials; // exp(x_c - reference)
+  int prediction;               // class of the largest, the lowest on a tie
+  CompensatedSum exponentials;  // exp(x_c - reference)
 #if ENTROPY
   CompensatedSum surprise_of_prediction;  // exp(x_c - reference) (reference - x_c)
 #endif
@@ -78,12 +79,12 @@ struct Seen {
 #endif
 };
 
-__device__ __forceinline__ void scale(CompensatedSum& sum, float factor) {
+FUNCTION void scale(CompensatedSum& sum, float factor) {
   sum.sum *= factor;
   sum.lost *= factor;
 }
 
-__device__ __forceinline__ void raise_largest(Seen& seen, float larger, int prediction) {
+FUNCTION void raise_largest(Seen& seen, float larger, int prediction) {
   const float rise = reference_of(larger) - reference_of(seen.largest);
   seen.largest = larger;
   seen.prediction = prediction;
@@ -101,7 +102,7 @@ __device__ __forceinline__ void raise_largest(Seen& seen, float larger, int pred
 
 // Takes in `count` logits from `column` on.
 template <int count>
-__device__ __forceinline__ void take_in(float (&x)[count], int column, int target, const CrossEntropyJob& job, Seen& seen) {
+FUNCTION void take_in(float (&x)[count], int column, int target, const CrossEntropyJob& job, Seen& seen) {
   if (target >= column && target < column + count) {
     UNROLL
     for (int k = 0; k < count; ++k) x[k] = column + k == target ? -infinity() : x[k];
@@ -164,7 +165,7 @@ struct Reduced {
 #endif
 };
 
-__device__ __forceinline__ Reduced reduced(const Seen& seen) {
+FUNCTION Reduced reduced(const Seen& seen) {
   Reduced of;
   of.largest = seen.largest;
   of.prediction = seen.prediction;
@@ -180,7 +181,7 @@ __device__ __forceinline__ Reduced reduced(const Seen& seen) {
 }
 
 // Makes everything relative to the reference of a largest logit that is not below the present one.
-__device__ __forceinline__ void refer_to(float largest, Reduced& row) {
+FUNCTION void refer_to(float largest, Reduced& row) {
   const double rise = static_cast<double>(reference_of(largest)) - static_cast<double>(reference_of(row.largest));
   row.largest = largest;
 #if SMOOTHING
@@ -195,7 +196,7 @@ __device__ __forceinline__ void refer_to(float largest, Reduced& row) {
 }
 
 // Every lane gets what all lanes of its warp have.
-__device__ __forceinline__ void combine_lanes(Reduced& row) {
+FUNCTION void combine_lanes(Reduced& row) {
   float largest = row.largest;
   int prediction = row.prediction;
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -219,7 +220,7 @@ __device__ __forceinline__ void combine_lanes(Reduced& row) {
 }
 
 // Warp 0 gets what the whole block has.
-__device__ __forceinline__ void combine_block(Reduced& row) {
+FUNCTION void combine_block(Reduced& row) {
   __shared__ Reduced of_warps[16];
   const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / 32;
   combine_lanes(row);
@@ -250,7 +251,7 @@ struct Vectors {
   int head, count, tail;
 };
 
-__device__ __forceinline__ Vectors vectors_of(const Number* row, int columns) {
+FUNCTION Vectors vectors_of(const Number* row, int columns) {
   const unsigned long long behind = reinterpret_cast<unsigned long long>(row) % 16;
   const int to_boundary = static_cast<int>((16 - behind) % 16 / sizeof(Number));
   Vectors vectors;
@@ -260,13 +261,13 @@ __device__ __forceinline__ Vectors vectors_of(const Number* row, int columns) {
   return vectors;
 }
 
-__device__ __forceinline__ void take_in_number(const Number* logits, int column, int target, const CrossEntropyJob& job,
-                                      float cap, float inverse_cap, Seen& seen) {
+FUNCTION void take_in_number(const Number* logits, int column, int target, const CrossEntropyJob& job, float cap,
+                             float inverse_cap, Seen& seen) {
   float x[1] = {capped(widened(logits[column]), cap, inverse_cap)};
   take_in(x, column, target, job, seen);
 }
 
-__device__ __forceinline__ Reduced read_row(const Number* logits, int target, const CrossEntropyJob& job) {
+FUNCTION Reduced read_row(const Number* logits, int target, const CrossEntropyJob& job) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int columns = static_cast<int>(job.columns);
   const float cap = static_cast<float>(job.softcap), inverse_cap = 1.0f / cap;
@@ -304,8 +305,8 @@ __device__ __forceinline__ Reduced read_row(const Number* logits, int target, co
 }
 
 template <int count>
-__device__ __forceinline__ void differentiate(float (&x)[count], int column, int target, const CrossEntropyJob& job, float cap,
-                                     float inverse_cap, const Coefficients& coefficients) {
+FUNCTION void differentiate(float (&x)[count], int column, int target, const CrossEntropyJob& job, float cap,
+                            float inverse_cap, const Coefficients& coefficients) {
   UNROLL
   for (int k = 0; k < count; ++k) {
     float gradient = expf(capped(x[k], cap, inverse_cap) - coefficients.reference) * coefficients.factor;
@@ -321,17 +322,16 @@ __device__ __forceinline__ void differentiate(float (&x)[count], int column, int
   }
 }
 
-__device__ __forceinline__ void differentiate_number(const Number* logits, int column, int target, const CrossEntropyJob& job,
-                                            float cap, float inverse_cap, const Coefficients& coefficients,
-                                            Number* gradient) {
+FUNCTION void differentiate_number(const Number* logits, int column, int target, const CrossEntropyJob& job, float cap,
+                                   float inverse_cap, const Coefficients& coefficients, Number* gradient) {
   float x[1] = {widened(logits[column])};
   differentiate(x, column, target, job, cap, inverse_cap, coefficients);
   gradient[column] = narrowed(x[0]);
 }
 
 // Each number is read by the thread that writes it, before: gradient and logits may be the same.
-__device__ __forceinline__ void write_gradient(const Number* logits, int target, const CrossEntropyJob& job,
-                                      const Coefficients& coefficients, Number* gradient) {
+FUNCTION void write_gradient(const Number* logits, int target, const CrossEntropyJob& job,
+                             const Coefficients& coefficients, Number* gradient) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int columns = static_cast<int>(job.columns);
   const float cap = static_cast<float>(job.softcap), inverse_cap = 1.0f / cap;
@@ -369,7 +369,7 @@ __device__ __forceinline__ void write_gradient(const Number* logits, int target,
 }
 
 // The gradient of a row whose logits have no say.
-__device__ __forceinline__ void fill_gradient(float value, int columns, Number* gradient) {
+FUNCTION void fill_gradient(float value, int columns, Number* gradient) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Number number = narrowed(value);
   const Vectors vectors = vectors_of(gradient, columns);
@@ -388,7 +388,7 @@ struct RowLosses {
   long long prediction;
 };
 
-__device__ __forceinline__ void write_row(const RowLosses& losses, long long row, const CrossEntropyJob& job) {
+FUNCTION void write_row(const RowLosses& losses, long long row, const CrossEntropyJob& job) {
   if (job.loss) job.loss[row] = static_cast<float>(losses.loss);
   if (job.nll) job.nll[row] = static_cast<float>(losses.nll);
   if (job.likelihood_loss) job.likelihood_loss[row] = static_cast<float>(losses.likelihood_loss);
@@ -410,10 +410,10 @@ struct Row {
   long long prediction;
 };
 
-__device__ __forceinline__ Row with_target(Reduced of_others, int target, float target_logit, float target_weight) {
+FUNCTION Row with_target(Reduced of_others, int target, float target_logit, float target_weight) {
   Row row;
-  const bool is_prediction = target_logit > of_others.largest ||
-                             (target_logit == of_others.largest && target < of_others.prediction);
+  const bool is_prediction =
+      target_logit > of_others.largest || (target_logit == of_others.largest && target < of_others.prediction);
   const bool is_largest = target_logit >= of_others.largest;
   row.prediction = is_prediction ? target : of_others.prediction;
   row.largest = is_largest ? target_logit : of_others.largest;
@@ -434,7 +434,7 @@ __device__ __forceinline__ Row with_target(Reduced of_others, int target, float 
   return row;
 }
 
-__device__ __forceinline__ double entropy_of(const Reduced& of_others, const Row& row) {
+FUNCTION double entropy_of(const Reduced& of_others, const Row& row) {
 #if ENTROPY
   // -sum_c p_c log p_c with -log p_c = log_sum + largest - x_c: no term is negative, none cancels
   double surprise = of_others.surprise_of_prediction;
@@ -451,8 +451,8 @@ __device__ __forceinline__ double entropy_of(const Reduced& of_others, const Row
 #endif
 }
 
-__device__ __forceinline__ Coefficients coefficients_of(const Row& row, float token_weight, float target_weight, float slope,
-                                               long long index, const CrossEntropyJob& job) {
+FUNCTION Coefficients coefficients_of(const Row& row, float token_weight, float target_weight, float slope,
+                                      long long index, const CrossEntropyJob& job) {
   const double upstream = job.upstream ? static_cast<double>(job.upstream[index * job.upstream_stride]) : 1.0;
   const double of_token = static_cast<double>(token_weight) * upstream;
   const double likelihood = of_token * (job.likelihood_scale ? *job.likelihood_scale : 1.0);
@@ -472,14 +472,15 @@ __device__ __forceinline__ Coefficients coefficients_of(const Row& row, float to
   coefficients.factor = static_cast<float>((target_part + beside) * inverse_sum);
   coefficients.spread = static_cast<float>(spread);
   // (target_part + beside) p_y - target_part - spread w_y, without the cancellation of a confident model
-  coefficients.of_target = static_cast<float>(beside * (row.target_exponential * inverse_sum) -
-                                              target_part * (row.others * inverse_sum) -
-                                              spread * static_cast<double>(target_weight)) * slope;
+  coefficients.of_target =
+      static_cast<float>(beside * (row.target_exponential * inverse_sum) - target_part * (row.others * inverse_sum) -
+                         spread * static_cast<double>(target_weight)) *
+      slope;
   return coefficients;
 }
 
-__device__ __forceinline__ RowLosses losses_of(const Row& row, float token_weight, float target_weight, double entropy,
-                                      const CrossEntropyJob& job) {
+FUNCTION RowLosses losses_of(const Row& row, float token_weight, float target_weight, double entropy,
+                             const CrossEntropyJob& job) {
   RowLosses losses;
   losses.nll = row.log_sum + row.rise;
   losses.log_sum_exp = static_cast<double>(row.largest) + row.log_sum;
@@ -497,9 +498,10 @@ __device__ __forceinline__ RowLosses losses_of(const Row& row, float token_weigh
   return losses;
 }
 
-// With few options two blocks of 64 registers a thread share a multiprocessor; with more, a thread that has too few would
-// spill.
-KERNEL void __launch_bounds__(512, SOFTCAP + SMOOTHING + ENTROPY < 2 ? 2 : 1) cross_entropy_rows(const CrossEntropyJob job) {
+// With few options two blocks of 64 registers a thread share a multiprocessor; with more, so few would spill.
+constexpr int blocks_at_once = SOFTCAP + SMOOTHING + ENTROPY < 2 ? 2 : 1;
+
+KERNEL void __launch_bounds__(512, blocks_at_once) cross_entropy_rows(const CrossEntropyJob job) {
   __shared__ Coefficients shared_coefficients;
   const long long index = blockIdx.x;
   const int columns = static_cast<int>(job.columns);

@@ -1,8 +1,8 @@
-/// The device kernels of what all rows of a cross entropy have in common, as a text for NVRTC: the scales that follow from
-/// targets and weights alone, before the rows; and the sums, after them.
+/// The device kernels of what all rows of a cross entropy have in common, as a text for NVRTC: the scales that follow
+/// from targets and weights alone, before the rows; and the sums, after them.
 ///
-/// Each reads some numbers a row, a thread every so many rows, and its last block adds up what the others have left. The
-/// grid, and so the order of a sum, follows from the number of rows alone.
+/// Each reads some numbers a row, a thread every so many rows, and its last block adds up what the others have left.
+/// The grid, and so the order of a sum, follows from the number of rows alone.
 #pragma once
 
 #include "free_transformer/detail/compilation.hpp"
@@ -31,7 +31,7 @@ struct CrossEntropyBatchJob {
   double* partial;
 };
 
-__device__ __forceinline__ double class_weight_of_row(const CrossEntropyBatchJob& job, long long target) {
+FUNCTION double class_weight_of_row(const CrossEntropyBatchJob& job, long long target) {
   const bool has_weight = job.class_weight && target >= 0 && target < job.columns;
   return has_weight ? static_cast<double>(job.class_weight[target]) : 1.0;
 }

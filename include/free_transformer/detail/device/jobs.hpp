@@ -1,5 +1,5 @@
-/// What the device kernels are given, in numbers and pointers to the device's memory, and the grids that they are launched
-/// with. The structs are those of the kernels' texts, field for field; tests/device checks that.
+/// What the device kernels are given, in numbers and pointers to the device's memory, and the grids that they are
+/// launched with. The structs are those of the kernels' texts, field for field; tests/device checks that.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@ enum class Element { float32, float16, bfloat16 };
 
 inline constexpr int64_t bytes_of(Element element) { return element == Element::float32 ? 4 : 2; }
 
-/// Where the rows of a tensor [..., columns] lie, in elements: in groups of equal strides, as a batch of sequences has them.
-/// The columns themselves are adjacent. A tensor of two dimensions is one group.
+/// Where the rows of a tensor [..., columns] lie, in elements: in groups of equal strides, as a batch of sequences has
+/// them. The columns themselves are adjacent. A tensor of two dimensions is one group.
 struct RowLayout {
   int64_t rows_of_group, group_stride, row_stride;
 };
@@ -30,8 +30,8 @@ struct Divisor {
   const double* tensor;  ///< one number
 };
 
-/// The rows of one cross entropy, see `kernels::CrossEntropyJob`. Null pointers stand for weights and scales of 1 and for
-/// results not wanted.
+/// The rows of one cross entropy, see `kernels::CrossEntropyJob`. Null pointers stand for weights and scales of 1 and
+/// for results not wanted.
 struct CrossEntropyJob {
   const void* logits;
   void* gradient;  ///< may be the logits themselves

@@ -23,11 +23,11 @@ struct Place {
   void* stream;  ///< of CUDA; null is its default stream
 };
 
-/// Every function returns why it failed, or nothing. What has failed is not tried again, but for a launch and for what a
-/// graph's capture forbids.
+/// Every function returns why it failed, or nothing. What has failed is not tried again, but for a launch and for what
+/// a graph's capture forbids.
 ///
-/// All is done under one lock, compilation too: whoever waits would mostly wait for the same kernel, and a process compiles
-/// a handful of them, all in its first step. A launch takes the lock for a look into two maps.
+/// All is done under one lock, compilation too: whoever waits would mostly wait for the same kernel, and a process
+/// compiles a handful of them, all in its first step. A launch takes the lock for a look into two maps.
 class KernelCache {
  public:
   /// Where binaries are kept beyond the process; an empty path: nowhere.

@@ -18,8 +18,8 @@ struct CompiledKernel {
   std::string reason;  ///< why there is no binary
 };
 
-/// The option that tells NVRTC the architecture (90 for compute capability 9.0); none if it cannot serve it. A device newer
-/// than NVRTC gets PTX of the newest older architecture, which its driver compiles.
+/// The option that tells NVRTC the architecture (90 for compute capability 9.0); none if it cannot serve it. A device
+/// newer than NVRTC gets PTX of the newest older architecture, which its driver compiles.
 inline std::string architecture_option(const Nvrtc& nvrtc, int architecture, std::string& reason) {
   int count = 0, major = 0, minor = 0;
   nvrtc.version(&major, &minor);

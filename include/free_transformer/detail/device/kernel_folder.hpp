@@ -1,5 +1,5 @@
-/// A folder of compiled kernels, for processes that come later. A file says what it holds and how much; one that is damaged,
-/// or of another text or option, is as good as none.
+/// A folder of compiled kernels, for processes that come later. A file says what it holds and how much; one that is
+/// damaged, or of another text or option, is as good as none.
 #pragma once
 
 #include <cstdint>

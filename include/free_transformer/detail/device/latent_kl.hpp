@@ -1,8 +1,8 @@
-/// The free-bits KL of float32, float16 and bfloat16 logits on a device by kernels that are compiled at run time, from tensors
-/// to tensors. No value comes to the host and nothing waits.
+/// The free-bits KL of float32, float16 and bfloat16 logits on a device by kernels that are compiled at run time, from
+/// tensors to tensors. No value comes to the host and nothing waits.
 ///
-/// With gradient and sums it is three launches, one of which zeroes a workspace. Each function returns why it could not launch,
-/// or an empty string.
+/// With gradient and sums it is three launches, one of which zeroes a workspace. Each function returns why it could not
+/// launch, or an empty string.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,7 +12,7 @@
 
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/device/launch.hpp"
-#include "free_transformer/detail/device/row_layout.hpp"
+#include "free_transformer/detail/device/tensor_arguments.hpp"
 #include "free_transformer/detail/kernels/hinge.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/settings.hpp"

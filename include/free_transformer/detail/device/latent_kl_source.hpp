@@ -1,10 +1,11 @@
 /// The device kernels of the free-bits KL, as a text for NVRTC: what a mean divides by, and the positions.
 ///
-/// A position belongs to neighbouring lanes of a warp, each with every so many of its bits: the sum over the bits, which the
-/// hinge asks for, is a few shuffles, and the sum over the positions stays in a lane's registers. An element is read once
-/// and its gradient written once, 8 bytes of float32; the mean over the batch is known after all have been read, so its
-/// gradient is a second launch. KL and derivative are those of the CPU's kernel, within 2 and 4 ulp. Sums are float32 with
-/// what their roundings lose, for each lane, and float64 beyond, in an order that the numbers of positions and bits fix.
+/// A position belongs to neighbouring lanes of a warp, each with every so many of its bits: the sum over the bits,
+/// which the hinge asks for, is a few shuffles, and the sum over the positions stays in a lane's registers. An element
+/// is read once and its gradient written once, 8 bytes of float32; the mean over the batch is known after all have been
+/// read, so its gradient is a second launch. KL and derivative are those of the CPU's kernel, within 2 and 4 ulp. Sums
+/// are float32 with what their roundings lose, for each lane, and float64 beyond, in an order that the numbers of
+/// positions and bits fix.
 #pragma once
 
 #include "free_transformer/detail/compilation.hpp"
@@ -48,7 +49,7 @@ constexpr int most_warps = 8;
 //     4 <= x      log 2 - (x s/(1+s) + log(1+s)), the bracket by its series in s
 // with the coefficients of tests/reference/fit_polynomials.py. x is held at 110: KL is log 2 to the last digit, and the
 // derivative has faded through the subnormal numbers to 0; until then it is computed 2^64 times as large.
-__device__ __forceinline__ void bernoulli_kl(float logit, float& kl, float& derivative) {
+FUNCTION void bernoulli_kl(float logit, float& kl, float& derivative) {
   float x = fabsf(logit);
   x = x > 110.0f ? 110.0f : x;  // a NaN stays
   // exp(-x) = 2^n exp(r): n is rounded by adding 1.5 2^23, whose last digit counts ones, and 127 + 64 with it
@@ -97,7 +98,7 @@ struct LaneSums {
   CompensatedSum kl[bits_of_lane];
 };
 
-__device__ __forceinline__ float sum_over_position(float value) {
+FUNCTION float sum_over_position(float value) {
   for (int offset = lanes_of_position / 2; offset > 0; offset /= 2) {
     value += __shfl_xor_sync(all_lanes, value, offset);
   }
@@ -110,8 +111,8 @@ struct Budget {
 };
 
 // How far the KL is above the budget, summed over a position's bits, and the derivatives of what the hinge lets pass.
-__device__ __forceinline__ float hinge(const float (&kl)[bits_of_lane], Budget budget, bool is_closed,
-                              float (&derivatives)[bits_of_lane]) {
+FUNCTION float hinge(const float (&kl)[bits_of_lane], Budget budget, bool is_closed,
+                     float (&derivatives)[bits_of_lane]) {
   float excess = 0.0f;
 #if HINGE == 1
   UNROLL
@@ -133,9 +134,8 @@ __device__ __forceinline__ float hinge(const float (&kl)[bits_of_lane], Budget b
   return excess;
 }
 
-__device__ __forceinline__ void process_position(const LatentJob& job, long long position, bool is_inside, Budget budget,
-                                        bool is_closed, double scale, const float (&logits)[bits_of_lane],
-                                        LaneSums& sums) {
+FUNCTION void process_position(const LatentJob& job, long long position, bool is_inside, Budget budget, bool is_closed,
+                               double scale, const float (&logits)[bits_of_lane], LaneSums& sums) {
   const int lane = static_cast<int>(threadIdx.x) % lanes_of_position;
   float weight = is_inside ? 1.0f : 0.0f;
   if (is_inside && job.token_weight) weight = static_cast<float>(job.token_weight[position]);
@@ -168,7 +168,7 @@ __device__ __forceinline__ void process_position(const LatentJob& job, long long
 }
 
 // The sums of all lanes of a block, the bits in the order of the lanes that have them.
-__device__ __forceinline__ void write_partial_sums(const LaneSums& sums, double* partial) {
+FUNCTION void write_partial_sums(const LaneSums& sums, double* partial) {
   __shared__ double room[most_warps][32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
@@ -193,7 +193,7 @@ __device__ __forceinline__ void write_partial_sums(const LaneSums& sums, double*
 }
 
 // By the last block: the sums over all blocks, and what follows from them.
-__device__ __forceinline__ void finish_sums(const LatentJob& job) {
+FUNCTION void finish_sums(const LatentJob& job) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const volatile double* parts = job.partial;
@@ -217,7 +217,14 @@ __device__ __forceinline__ void finish_sums(const LatentJob& job) {
   if (job.loss) *job.loss = static_cast<float>(job.sums[0] * scale);
 }
 
-KERNEL void __launch_bounds__(256, bits_of_lane > 4 ? 1 : 4) latent_kl_positions(const LatentJob job) {
+// As many as leave each thread registers enough: more of them hide the latency of the reads.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+constexpr int blocks_at_once = bits_of_lane > 4 ? 1 : 4;  // its multiprocessors hold 1024 threads
+#else
+constexpr int blocks_at_once = bits_of_lane > 4 ? 1 : 5;
+#endif
+
+KERNEL void __launch_bounds__(256, blocks_at_once) latent_kl_positions(const LatentJob job) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes_of_position;
   const int positions_of_block = static_cast<int>(blockDim.x) / lanes_of_position;
   Budget budget;

@@ -1,8 +1,8 @@
-/// The losses on a device's rows, in pointers: each function launches what one part of a loss asks for, on a stream, and
-/// neither waits nor allocates. All results are the device's.
+/// The losses on a device's rows, in pointers: each function launches what one part of a loss asks for, on a stream,
+/// and neither waits nor allocates. All results are the device's.
 ///
-/// The functions return why nothing was launched, or an empty string. Before a CUDA graph is captured, the same calls must
-/// have been made once, so that the kernels are compiled.
+/// The functions return why nothing was launched, or an empty string. Before a CUDA graph is captured, the same calls
+/// must have been made once, so that the kernels are compiled.
 #pragma once
 
 #include <cstdint>
@@ -38,9 +38,9 @@ inline std::string launch_cross_entropy_sums(const CrossEntropyBatchJob& job, co
                       &job);
 }
 
-/// With `job.sums`: sums, totals and loss, and the gradient and the penalties where they are wanted, by 1 launch, or 2 with a
-/// gradient or for the batch's hinge; `job.scale` and `job.mean_kl` need not be set. Without: gradient and penalties from the
-/// totals of an earlier call, to which `job.scale` and `job.mean_kl` point, by 1 launch.
+/// With `job.sums`: sums, totals and loss, and the gradient and the penalties where they are wanted, by 1 launch, or 2
+/// with a gradient or for the batch's hinge; `job.scale` and `job.mean_kl` need not be set. Without: gradient and
+/// penalties from the totals of an earlier call, to which `job.scale` and `job.mean_kl` point, by 1 launch.
 inline std::string launch_latent_kl(LatentJob job, Element element, kernels::Hinge hinge, int64_t bits,
                                     const Place& place, KernelCache& cache = kernel_cache()) {
   const Variant variant = variant_of(element, hinge, bits);

@@ -1,5 +1,5 @@
-/// NVRTC and the CUDA driver, found at run time: the functions that the kernels need, declared here, so that neither CUDA's
-/// headers nor its libraries are needed to build.
+/// NVRTC and the CUDA driver, found at run time: the functions that the kernels need, declared here, so that neither
+/// CUDA's headers nor its libraries are needed to build.
 ///
 /// A library is opened once and never closed, as its kernels live as long as the process.
 #pragma once
