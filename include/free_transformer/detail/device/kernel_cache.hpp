@@ -98,7 +98,7 @@ class KernelCache {
     return {function->second, devices_[place.device].context, ""};
   }
 
-  bool is_driver_loaded() {
+  [[gnu::cold]] bool is_driver_loaded() {
     if (driver_loading_ == Loading::not_tried) {
       driver_reason_ = load_driver(driver_);
       if (driver_reason_.empty()) driver_reason_ = driver_error(driver_, "cuInit", driver_.initialize(0));
@@ -107,7 +107,7 @@ class KernelCache {
     return driver_loading_ == Loading::done;
   }
 
-  bool is_nvrtc_loaded() {
+  [[gnu::cold]] bool is_nvrtc_loaded() {
     if (nvrtc_loading_ == Loading::not_tried) {
       nvrtc_reason_ = load_nvrtc(nvrtc_);
       nvrtc_loading_ = nvrtc_reason_.empty() ? Loading::done : Loading::failed;
@@ -115,7 +115,7 @@ class KernelCache {
     return nvrtc_loading_ == Loading::done;
   }
 
-  const Device& device_of(int ordinal) {
+  [[gnu::cold]] const Device& device_of(int ordinal) {
     const auto known = devices_.find(ordinal);
     if (known != devices_.end()) return known->second;
     Device& of = devices_[ordinal];
@@ -135,7 +135,7 @@ class KernelCache {
     return of;
   }
 
-  Module load(const Device& on, const Variant& variant) {
+  [[gnu::cold]] Module load(const Device& on, const Variant& variant) {
     Module module;
     module.reason = on.reason;
     if (module.reason.empty())
@@ -156,7 +156,7 @@ class KernelCache {
     return module;
   }
 
-  Module load_binary(const std::string& binary, const Variant& variant) const {
+  [[gnu::cold]] Module load_binary(const std::string& binary, const Variant& variant) const {
     if (binary.empty()) return {{}, "there is no binary"};
     Module module;
     void* handle = nullptr;

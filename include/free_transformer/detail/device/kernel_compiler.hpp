@@ -20,7 +20,7 @@ struct CompiledKernel {
 
 /// The option that tells NVRTC the architecture (90 for compute capability 9.0); none if it cannot serve it. A device
 /// newer than NVRTC gets PTX of the newest older architecture, which its driver compiles.
-inline std::string architecture_option(const Nvrtc& nvrtc, int architecture, std::string& reason) {
+[[gnu::cold]] inline std::string architecture_option(const Nvrtc& nvrtc, int architecture, std::string& reason) {
   int count = 0, major = 0, minor = 0;
   nvrtc.version(&major, &minor);
   nvrtc.architecture_count(&count);
@@ -38,8 +38,8 @@ inline std::string architecture_option(const Nvrtc& nvrtc, int architecture, std
 }
 
 /// `more` are options beside the variant's.
-inline CompiledKernel compile(const Nvrtc& nvrtc, const Variant& variant, int architecture,
-                              const std::vector<std::string>& more = {}) {
+[[gnu::cold]] inline CompiledKernel compile(const Nvrtc& nvrtc, const Variant& variant, int architecture,
+                                            const std::vector<std::string>& more = {}) {
   CompiledKernel compiled;
   const std::string for_architecture = architecture_option(nvrtc, architecture, compiled.reason);
   if (for_architecture.empty()) return compiled;

@@ -17,7 +17,7 @@
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::device {
 
 /// 64-bit FNV-1a.
-inline std::string hash_of(const std::string& bytes) {
+[[gnu::cold]] inline std::string hash_of(const std::string& bytes) {
   uint64_t hash = 0xcbf29ce484222325;
   for (const char byte : bytes) hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3;
   char digits[17];
@@ -31,7 +31,7 @@ class KernelFolder {
   explicit KernelFolder(std::string path) : path_(std::move(path)) {}
 
   /// The binary, or nothing.
-  std::string read(const Variant& variant, int architecture) const {
+  [[gnu::cold]] std::string read(const Variant& variant, int architecture) const {
     if (path_.empty()) return "";
     const std::string all = content_of(file_of(variant, architecture));
     const std::string label = label_of(variant, architecture);
@@ -42,7 +42,7 @@ class KernelFolder {
   }
 
   /// Under another name first, so that no reader sees a part. A folder that cannot be written to stays as it is.
-  void write(const Variant& variant, int architecture, const std::string& binary) const {
+  [[gnu::cold]] void write(const Variant& variant, int architecture, const std::string& binary) const {
 #if defined(__unix__)
     if (path_.empty()) return;
     mkdir(path_.c_str(), 0777);
@@ -59,16 +59,16 @@ class KernelFolder {
  private:
   std::string path_;  ///< empty: none
 
-  static std::string label_of(const Variant& variant, int architecture) {
+  [[gnu::cold]] static std::string label_of(const Variant& variant, int architecture) {
     std::string label = "free_transformer kernel sm_" + std::to_string(architecture) + " " + hash_of(variant.source());
     for (const std::string& option : variant.options()) label += " " + option;
     return label + "\n";
   }
-  std::string file_of(const Variant& variant, int architecture) const {
+  [[gnu::cold]] std::string file_of(const Variant& variant, int architecture) const {
     return path_ + "/" + variant.name() + "_sm_" + std::to_string(architecture) + "_" +
            hash_of(label_of(variant, architecture)) + ".cubin";
   }
-  static std::string content_of(const std::string& file) {
+  [[gnu::cold]] static std::string content_of(const std::string& file) {
     std::string content;
     if (std::FILE* const stream = std::fopen(file.c_str(), "rb")) {
       char part[4096];

@@ -1,7 +1,8 @@
 /// NVRTC and the CUDA driver, found at run time: the functions that the kernels need, declared here, so that neither
 /// CUDA's headers nor its libraries are needed to build.
 ///
-/// A library is opened once and never closed, as its kernels live as long as the process.
+/// A library is opened once and never closed, as its kernels live as long as the process. What runs once a process is
+/// marked cold: optimized for size, it compiles faster and weighs less in every program that includes this.
 #pragma once
 
 #include <cstddef>
@@ -87,7 +88,7 @@ bool find_function(void* library, const char* name, Function& function) {
 }
 
 /// Empty, or why they are not all there.
-inline std::string find_functions(void* library, Nvrtc& nvrtc) {
+[[gnu::cold]] inline std::string find_functions(void* library, Nvrtc& nvrtc) {
   const bool has_all = find_function(library, "nvrtcVersion", nvrtc.version) &&
                        find_function(library, "nvrtcCreateProgram", nvrtc.create) &&
                        find_function(library, "nvrtcDestroyProgram", nvrtc.destroy) &&
@@ -105,12 +106,12 @@ inline std::string find_functions(void* library, Nvrtc& nvrtc) {
 }
 
 /// Empty, or why there is none.
-inline std::string load_nvrtc(Nvrtc& nvrtc) {
+[[gnu::cold]] inline std::string load_nvrtc(Nvrtc& nvrtc) {
   void* const library = open_nvrtc();
   return library ? find_functions(library, nvrtc) : "NVRTC (libnvrtc.so) was not found";
 }
 
-inline std::string load_driver(Driver& driver) {
+[[gnu::cold]] inline std::string load_driver(Driver& driver) {
   void* const library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
   if (!library) return "the CUDA driver (libcuda.so.1) was not found";
   const bool has_all = find_function(library, "cuInit", driver.initialize) &&
@@ -132,13 +133,17 @@ inline std::string load_driver(Driver& driver) {
 #else
 
 inline void* symbol_of_libtorch(const char*) { return nullptr; }
-inline std::string load_nvrtc(Nvrtc&) { return "device kernels are compiled at run time on Unix systems only"; }
-inline std::string load_driver(Driver&) { return "device kernels are compiled at run time on Unix systems only"; }
+[[gnu::cold]] inline std::string load_nvrtc(Nvrtc&) {
+  return "device kernels are compiled at run time on Unix systems only";
+}
+[[gnu::cold]] inline std::string load_driver(Driver&) {
+  return "device kernels are compiled at run time on Unix systems only";
+}
 
 #endif
 
 /// Why a call of the driver failed; empty if it did not.
-inline std::string driver_error(const Driver& driver, const char* call, int error) {
+[[gnu::cold]] inline std::string driver_error(const Driver& driver, const char* call, int error) {
   if (error == 0) return "";
   const char* text = nullptr;
   if (driver.error_text(error, &text) != 0 || !text) text = "unknown error";

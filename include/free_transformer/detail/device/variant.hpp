@@ -29,13 +29,13 @@ struct Variant {
   const char* name() const {
     return text == Text::cross_entropy ? "cross_entropy" : text == Text::latent_kl ? "latent_kl" : "cross_entropy_sums";
   }
-  std::string source() const {
+  [[gnu::cold]] std::string source() const {
     return std::string(arithmetic_source) + (text == Text::cross_entropy ? cross_entropy_source
                                              : text == Text::latent_kl   ? latent_kl_source
                                                                          : cross_entropy_sums_source);
   }
   /// The options of NVRTC, but for the architecture.
-  std::vector<std::string> options() const {
+  [[gnu::cold]] std::vector<std::string> options() const {
     const auto define = [](const char* macro, int value) { return "-D" + (macro + ("=" + std::to_string(value))); };
     std::vector<std::string> all{"--std=c++17", "--fmad=false", define("ELEMENT", static_cast<int>(element))};
     if (text == Text::cross_entropy) {
@@ -71,7 +71,7 @@ inline const char* name_of(Kernel kernel) {
   return names[static_cast<int>(kernel)];
 }
 
-inline std::vector<Kernel> kernels_of(Text text) {
+[[gnu::cold]] inline std::vector<Kernel> kernels_of(Text text) {
   if (text == Text::cross_entropy) return {Kernel::cross_entropy_rows};
   if (text == Text::latent_kl) return {Kernel::latent_kl_positions, Kernel::latent_kl_scale};
   return {Kernel::cross_entropy_scales, Kernel::cross_entropy_sums};
