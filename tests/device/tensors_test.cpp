@@ -73,17 +73,17 @@ void check_cross_entropy(const Tensor& given, const Options& of, const detail::N
   const Tensor wanted = compute_reconstruction_loss(leaf, targets, options);
   wanted.backward();
 
-  expect(detail::device::takes_cross_entropy(given, settings), name + " is not taken");
+  expect(detail::device::can_read(given, settings), name + " is not taken");
   const Tensor logits = in_place ? given : given.detach();
   const Tensor gradient = in_place ? given : at::empty(given.sizes(), given.options());
   detail::device::CrossEntropyBatch batch;
   auto rows = detail::device::empty_rows(settings.targets, /*wants_prediction=*/true);
   Tensor sums, loss;
   launches();
-  expect_launched(detail::device::cross_entropy_scales(settings, classes, normalization, place, batch));
-  expect_launched(detail::device::cross_entropy_rows(logits, settings, batch.likelihood_scale(), batch.z_scale(),
-                                                     gradient, {}, rows, place));
-  expect_launched(detail::device::cross_entropy_sums(settings, classes, batch, rows, place, sums, loss));
+  expect_launched(detail::device::launch_scales(settings, classes, normalization, place, batch));
+  expect_launched(detail::device::launch_rows(logits, settings, batch.likelihood_scale(), batch.z_scale(), gradient, {},
+                                              rows, place));
+  expect_launched(detail::device::launch_sums(settings, classes, batch, rows, place, sums, loss));
   expect(launches() == 3, name + ": launches");
   expect_close(loss, wanted.detach(), 1e-6, name + ", loss");
   expect_close(gradient, leaf.grad(), tolerance_of(given.scalar_type()), name + ", gradient");
@@ -105,10 +105,10 @@ void test_cross_entropy() {
     check_cross_entropy(logits({40, 7}).slice(1, 1, 6), {0, 0.5, 0, true, false}, by_weight, false, "some columns");
   }
   const detail::CrossEntropySettings settings{at::zeros({12}, at::kLong), {}, {}};
-  using detail::device::takes_cross_entropy;
-  expect(!takes_cross_entropy(at::zeros({12, 4}, at::kDouble), settings), "float64 is taken");
-  expect(!takes_cross_entropy(at::zeros({4, 12}).t(), settings), "strided columns are taken");
-  expect(!takes_cross_entropy(at::zeros({5, 5, 5, 4}).slice(0, 0, 2).slice(1, 0, 2).slice(2, 0, 3), settings),
+  using detail::device::can_read;
+  expect(!can_read(at::zeros({12, 4}, at::kDouble), settings), "float64 is taken");
+  expect(!can_read(at::zeros({4, 12}).t(), settings), "strided columns are taken");
+  expect(!can_read(at::zeros({5, 5, 5, 4}).slice(0, 0, 2).slice(1, 0, 2).slice(2, 0, 3), settings),
          "rows in groups of groups are taken");
 }
 
@@ -126,19 +126,19 @@ void check_latent_kl(const Tensor& z_logits, detail::kernels::Hinge hinge, bool 
   const Tensor leaf = z_logits.detach().clone().requires_grad_();
   const Tensor wanted = compute_kl_divergence<FreeBits>(leaf, options);
   wanted.backward();
-  expect(detail::device::takes_latent_kl(z_logits, settings), name + " is not taken");
-  detail::device::LatentRows rows;
+  expect(detail::device::can_read(z_logits, settings), name + " is not taken");
+  detail::device::LatentRowResults rows;
   launches();
-  expect_launched(detail::device::latent_rows(hinge, z_logits, settings, {}, /*wants_penalty=*/true,
-                                              /*wants_gradient=*/true, place, rows));
+  expect_launched(detail::device::launch_latent_rows(hinge, z_logits, settings, {}, /*wants_penalty=*/true,
+                                                     /*wants_gradient=*/true, place, rows));
   expect(launches() == 2, name + ": launches");
   const double tolerance = tolerance_of(z_logits.scalar_type());
   expect_close(rows.loss, wanted.detach(), 1e-6, name + ", loss");
   expect_close(rows.gradient, leaf.grad(), tolerance, name + ", gradient");
   Tensor gradient;
-  expect_launched(detail::device::latent_gradient(hinge, z_logits, settings, rows.totals.select(0, 0),
-                                                  rows.totals.select(0, 1), at::full({}, 2.0, at::kDouble), place,
-                                                  gradient));
+  expect_launched(detail::device::launch_latent_gradient(hinge, z_logits, settings, rows.totals.select(0, 0),
+                                                         rows.totals.select(0, 1), at::full({}, 2.0, at::kDouble),
+                                                         place, gradient));
   expect(launches() == 1, name + ": launches of a backward");
   expect_close(gradient, leaf.grad() * 2, tolerance, name + ", a later gradient");
 }

@@ -16,6 +16,16 @@
 #endif
 #endif
 
+// A LibTorch with CUDA brings these headers along; beside any other one nothing of the device kernels is compiled. Whether
+// there is a device, and what compiles for it, is found when the program runs.
+#if !defined(FREE_TRANSFORMER_DEVICE_KERNELS)
+#if defined(__unix__) && __has_include(<c10/cuda/CUDAMacros.h>)
+#define FREE_TRANSFORMER_DEVICE_KERNELS 1
+#else
+#define FREE_TRANSFORMER_DEVICE_KERNELS 0
+#endif
+#endif
+
 // Units of one program may be compiled with different flags, and the linker keeps one copy of a function for all of
 // them; copies of the library of several versions may meet there, too. So a name says its version and, of a function whose
 // code depends on flags, which: free_transformer::detail is an alias for a namespace such as

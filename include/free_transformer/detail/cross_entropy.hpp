@@ -5,6 +5,7 @@
 
 #include "free_transformer/detail/arithmetic.hpp"
 #include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/device/door.hpp"
 #include "free_transformer/detail/kernels/cross_entropy.hpp"
 #include "free_transformer/detail/plain/cross_entropy.hpp"
 #include "free_transformer/detail/positions.hpp"
@@ -14,9 +15,15 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 inline CrossEntropyPositions cross_entropy_positions(const at::Tensor& logits, const CrossEntropySettings& settings,
                                                      const Normalization& normalization) {
-  const auto positions_of = kernels::takes_cross_entropy(logits, settings) ? &kernels::cross_entropy_positions
-                                                                           : &plain::cross_entropy_positions;
-  return positions_of(settings, logits.size(-1), arithmetic_type(logits.scalar_type()), normalization);
+  const int64_t classes = logits.size(-1);
+  const auto type = arithmetic_type(logits.scalar_type());
+  if (kernels::takes_cross_entropy(logits, settings)) {
+    return kernels::cross_entropy_positions(settings, classes, type, normalization);
+  }
+  if (device::takes_cross_entropy(logits, settings)) {
+    if (auto positions = device::cross_entropy_positions(settings, classes, type, normalization)) return *positions;
+  }
+  return plain::cross_entropy_positions(settings, classes, type, normalization);
 }
 
 /// All rows, and their gradient if `gradient` is defined: contiguous or the logits themselves, of their shape and type.
@@ -24,9 +31,32 @@ inline CrossEntropyPositions cross_entropy_positions(const at::Tensor& logits, c
 inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
                                              const CrossEntropyPositions& positions, const at::Tensor& gradient,
                                              const at::Tensor& upstream, const WantedOfRows& wanted) {
-  const auto rows_of =
-      kernels::takes_cross_entropy(logits, settings) ? &kernels::cross_entropy_rows : &plain::cross_entropy_rows;
-  return rows_of(logits, settings, positions, gradient, upstream, wanted);
+  if (kernels::takes_cross_entropy(logits, settings)) {
+    return kernels::cross_entropy_rows(logits, settings, positions, gradient, upstream, wanted);
+  }
+  if (device::takes_cross_entropy(logits, settings)) {
+    if (auto rows = device::cross_entropy_rows(logits, settings, positions, gradient, upstream, wanted)) return *rows;
+  }
+  if (positions.token_weight.defined()) {
+    return plain::cross_entropy_rows(logits, settings, positions, gradient, upstream, wanted);
+  }
+  auto completed =
+      plain::cross_entropy_positions(settings, logits.size(-1), arithmetic_type(logits.scalar_type()), Normalization());
+  completed.scales = positions.scales;
+  return plain::cross_entropy_rows(logits, settings, completed, gradient, upstream, wanted);
+}
+
+/// True if the gradient may be written over the logits.
+inline bool can_overwrite(const at::Tensor& logits, const CrossEntropySettings& settings) {
+  return kernels::takes_cross_entropy(logits, settings) || device::takes_cross_entropy(logits, settings);
+}
+
+/// True if the forward pass is to finish the gradient for an upstream of 1, which backward then multiplies. Where the
+/// processor cannot see whether upstream is 1, that is one more pass over the gradient, and comes too late for what a half
+/// type has rounded to 0: a device's kernel had better read the logits again in backward.
+inline bool finishes_gradient_in_forward(const at::Tensor& logits, const CrossEntropySettings& settings) {
+  const bool is_rounded = arithmetic_type(logits.scalar_type()) != logits.scalar_type();
+  return logits.device().is_cpu() || !(is_rounded || device::takes_cross_entropy(logits, settings));
 }
 
 /// Loss of each position, [N], all weights applied.
@@ -53,9 +83,10 @@ inline LossAndSums cross_entropy_forward(const at::Tensor& logits, const CrossEn
                                          const CrossEntropyPositions& positions, ReductionKind reduction,
                                          bool count_hits, const at::Tensor& gradient) {
   const bool for_each = reduction == ReductionKind::none;
-  const auto [rows, sums] = cross_entropy_rows(logits, settings, positions, gradient, /*upstream=*/{},
-                                               {/*sums=*/true, for_each, /*prediction=*/count_hits});
+  const auto [rows, sums, loss] = cross_entropy_rows(logits, settings, positions, gradient, /*upstream=*/{},
+                                                     {/*sums=*/true, for_each, /*prediction=*/count_hits});
   if (for_each) return {losses_of_rows(rows, settings, positions).reshape(shape_of_positions(logits)), sums};
+  if (loss.defined()) return {loss, sums};
   return {reduced_loss(sums, positions.scales, arithmetic_type(logits.scalar_type())), sums};
 }
 

@@ -122,6 +122,7 @@ CrossEntropyPositions part_of(CrossEntropyPositions positions, const Select& sel
 struct CrossEntropyOfRows {
   CrossEntropyRows rows;  ///< undefined where not asked for
   at::Tensor sums;        ///< see `ReconstructionSum`
+  at::Tensor loss;        ///< reduced, 0-dim; undefined where it is left to be made of the sums
 };
 
 struct LatentSettings {
@@ -137,6 +138,8 @@ struct WantedOfLatents {
 
 struct LatentRows {
   at::Tensor sums;      ///< see `LatentSum`
+  at::Tensor scale;     ///< what every penalty is multiplied by on its way to the loss: 0-dim in the widest type
+  at::Tensor loss;      ///< reduced, 0-dim; undefined where it is left to be made of the sums
   at::Tensor penalty;   ///< [N] in the type of arithmetic, weighted; this and the following undefined if not asked for
   at::Tensor gradient;  ///< of the shape and type of z_logits
   at::Tensor prior_gradient;

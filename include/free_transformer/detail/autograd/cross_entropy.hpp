@@ -2,7 +2,7 @@
 ///
 /// The gradient is finished in the forward pass, while a row is in the cache; backward hands it out, times what comes
 /// from upstream. Saved then: the logits and their gradient. A second backward computes it anew, as does the first with
-/// a gradient of its own for each position (kNone), and for half types on other devices than the CPU.
+/// a gradient of its own for each position (kNone), and on other devices for half types and by the kernels.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -32,9 +32,8 @@ class CrossEntropyPass final : public LossPass {
     const at::Tensor& logits = inputs[0];
     if (needs_gradient) settings_ = kept_settings(std::move(settings_));
     positions_ = cross_entropy_positions(logits, settings_, normalization_);
-    const bool is_rounded = arithmetic_type(logits.scalar_type()) != logits.scalar_type();
     if (needs_gradient && normalization_.reduction != ReductionKind::none &&
-        (logits.device().is_cpu() || !is_rounded)) {
+        finishes_gradient_in_forward(logits, settings_)) {
       gradient_ = kernels::empty_on_large_pages(logits.sizes(), logits.options());
     }
     return cross_entropy_forward(logits, settings_, positions_, normalization_.reduction, count_hits_, gradient_);
@@ -80,8 +79,7 @@ class CrossEntropyPass final : public LossPass {
 inline LossAndSums cross_entropy(const char* function, const at::Tensor& logits, const CrossEntropySettings& settings,
                                  const Normalization& normalization, bool count_hits, bool inplace) {
   const bool overwrites = inplace && at::GradMode::is_enabled() && logits.requires_grad() &&
-                          normalization.reduction != ReductionKind::none &&
-                          kernels::takes_cross_entropy(logits, settings);
+                          normalization.reduction != ReductionKind::none && can_overwrite(logits, settings);
   if (overwrites) return inplace_cross_entropy(function, logits, settings, normalization, count_hits);
   return run(c10::make_intrusive<CrossEntropyPass>(settings, normalization, count_hits), logits);
 }

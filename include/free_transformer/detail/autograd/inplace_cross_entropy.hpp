@@ -1,5 +1,5 @@
 /// Cross entropy whose gradient is written over the logits, and what keeps a wrong use from being a wrong number.
-/// The forward pass writes it; of float16 logits the backward pass.
+/// The forward pass writes it; of float16 logits, and on devices, the backward pass.
 ///
 /// Autograd sees the logits as changed in place by this node: an operation that has saved them before refuses its
 /// backward, and whoever reads them afterwards gets this node for their history, which refuses a gradient for them.
@@ -84,8 +84,7 @@ struct InplaceCrossEntropyFunction : torch::autograd::Function<InplaceCrossEntro
     const auto settings = std::exchange(state.settings, CrossEntropySettings());
     const auto positions = std::exchange(state.positions, CrossEntropyPositions());
     if (!state.holds_gradient) {
-      cross_entropy_rows(gradient, settings, positions, gradient,
-                         upstream[0].expand({settings.targets.size(0)}).contiguous(), {});
+      cross_entropy_rows(gradient, settings, positions, gradient, upstream[0].expand({settings.targets.size(0)}), {});
     } else if (!is_one(host_value(upstream[0]))) {
       for_each_row_block(gradient, 0, [&](at::Tensor block, int64_t) {
         block.copy_(block.to(upstream[0].scalar_type()).mul_(upstream[0]));
@@ -120,8 +119,9 @@ inline LossAndSums inplace_cross_entropy(const char* function, const at::Tensor&
   const at::Tensor loss = InplaceCrossEntropyFunction::apply(logits, state);
   OverwrittenFunction::apply(logits);  // before the first write: autograd may refuse
   const at::NoGradGuard no_grad;
-  // float16 would underflow before a gradient scaler's factor arrives, which backward knows
-  state->holds_gradient = logits.scalar_type() != at::kHalf;
+  // float16 would underflow before a gradient scaler's factor arrives, which backward knows; on a device nobody sees
+  // whether there is such a factor
+  state->holds_gradient = logits.device().is_cpu() && logits.scalar_type() != at::kHalf;
   state->logits = logits.detach();
   state->version = static_cast<int64_t>(logits._version());
   state->callers_logits = CallersTensor(logits.getIntrusivePtr());

@@ -37,16 +37,16 @@ class LatentPass final : public LossPass {
     const bool for_each = normalization_.reduction == ReductionKind::none;
     if (needs_gradient && settings_.token_weight.defined()) settings_.token_weight = settings_.token_weight.clone();
     const LatentSettings settings = with_prior(inputs[1]);
-    scale_ = latent_scale<FreeBits>(z_logits, settings, normalization_);
-    normalization_.tensor.reset();
     auto wanted =
         wanted_gradients(inputs, needs_gradient && !for_each && (z_logits.device().is_cpu() || !is_rounded(inputs)));
     wanted.penalty = for_each;
-    LatentRows rows = latent_rows<FreeBits>(z_logits, settings, scale_, /*upstream=*/{}, wanted);
+    LatentRows rows = latent_rows<FreeBits>(z_logits, settings, normalization_, /*scale=*/{}, /*upstream=*/{}, wanted);
+    normalization_.tensor.reset();
+    scale_ = rows.scale;
     gradients_ = {std::move(rows.gradient), std::move(rows.prior_gradient)};
     sums_ = rows.sums;
     if (for_each) return {rows.penalty.reshape(shape_of_positions(z_logits)), rows.sums};
-    return {reduced_loss(rows, scale_, type), rows.sums};
+    return {reduced_loss(rows, type), rows.sums};
   }
 
   Tensors backward(const Tensors& inputs, const at::Tensor& upstream) override {
@@ -64,8 +64,8 @@ class LatentPass final : public LossPass {
       }
     }
     const int64_t rows = inputs[0].numel() / inputs[0].size(-1);
-    LatentRows anew = latent_rows<FreeBits>(inputs[0], with_prior(inputs[1]), scale_, flat.expand({rows}).contiguous(),
-                                            wanted_gradients(inputs, true));
+    LatentRows anew = latent_rows<FreeBits>(inputs[0], with_prior(inputs[1]), normalization_, scale_,
+                                            flat.expand({rows}), wanted_gradients(inputs, true));
     return {std::move(anew.gradient), std::move(anew.prior_gradient)};
   }
 

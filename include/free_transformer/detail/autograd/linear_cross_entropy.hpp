@@ -69,7 +69,7 @@ class LinearLossPass final : public LossPass {
       if (!is_one_on_host(flat)) finished.multiply(flat);
       return in_own_types(std::move(finished), inputs);
     }
-    const at::Tensor of_each = flat.expand({settings_.targets.size(0)}).contiguous();
+    const at::Tensor of_each = flat.expand({settings_.targets.size(0)});
     return in_own_types(
         linear_rows(inputs, settings_, positions_, of_each, wanted_gradients(inputs), {/*sums=*/false}).gradients,
         inputs);

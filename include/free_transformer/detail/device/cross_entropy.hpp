@@ -19,7 +19,7 @@
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::device {
 
 /// True for logits and settings of the kind that the kernels read; whether the device has kernels is another question.
-inline bool takes_cross_entropy(const at::Tensor& logits, const CrossEntropySettings& settings) {
+inline bool can_read(const at::Tensor& logits, const CrossEntropySettings& settings) {
   return element_of(logits.scalar_type()) && !settings.has_probabilities() && is_plain_memory(logits) &&
          logits.dim() > 0 && can_take_rows(settings.targets.numel(), logits.size(-1)) && row_layout_of(logits);
 }
@@ -50,9 +50,9 @@ inline CrossEntropyBatchJob batch_job_of(const CrossEntropySettings& settings, i
 }
 
 /// Two launches.
-inline std::string cross_entropy_scales(const CrossEntropySettings& settings, int64_t classes,
-                                        const Normalization& normalization, const Place& place,
-                                        CrossEntropyBatch& batch, KernelCache& cache = kernel_cache()) {
+inline std::string launch_scales(const CrossEntropySettings& settings, int64_t classes,
+                                 const Normalization& normalization, const Place& place, CrossEntropyBatch& batch,
+                                 KernelCache& cache = kernel_cache()) {
   const auto options = settings.targets.options().dtype(at::kDouble);
   batch.workspace = workspace_of(options, partial_sums_of_batch(settings.targets.numel()));
   batch.divisor = divisor_on(settings.targets.device(), normalization);
@@ -79,11 +79,11 @@ inline CrossEntropyRowResults empty_rows(const at::Tensor& targets, bool wants_p
 
 /// One launch. The scales are 0-dim float64, or undefined for 1; upstream is 0-dim or [N] float32, or undefined. The
 /// gradient has the logits' shape and type and may be the logits; undefined, none is computed.
-inline std::string cross_entropy_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
-                                      const at::Tensor& likelihood_scale, const at::Tensor& z_scale,
-                                      const at::Tensor& gradient, const at::Tensor& upstream,
-                                      const CrossEntropyRowResults& rows, const Place& place,
-                                      KernelCache& cache = kernel_cache()) {
+inline std::string launch_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
+                               const at::Tensor& likelihood_scale, const at::Tensor& z_scale,
+                               const at::Tensor& gradient, const at::Tensor& upstream,
+                               const CrossEntropyRowResults& rows, const Place& place,
+                               KernelCache& cache = kernel_cache()) {
   CrossEntropyJob job{};
   job.logits = logits.data_ptr();
   job.logit_rows = *row_layout_of(logits);
@@ -116,11 +116,10 @@ inline std::string cross_entropy_rows(const at::Tensor& logits, const CrossEntro
 }
 
 /// One launch: `sums` [6] float64 (see `ReconstructionSum`) and the reduced loss, 0-dim float32, of rows that
-/// `cross_entropy_rows` has written. Without predictions no hits are counted.
-inline std::string cross_entropy_sums(const CrossEntropySettings& settings, int64_t classes,
-                                      const CrossEntropyBatch& batch, const CrossEntropyRowResults& rows,
-                                      const Place& place, at::Tensor& sums, at::Tensor& loss,
-                                      KernelCache& cache = kernel_cache()) {
+/// `launch_rows` has written. Without predictions no hits are counted.
+inline std::string launch_sums(const CrossEntropySettings& settings, int64_t classes, const CrossEntropyBatch& batch,
+                               const CrossEntropyRowResults& rows, const Place& place, at::Tensor& sums,
+                               at::Tensor& loss, KernelCache& cache = kernel_cache()) {
   sums = at::empty({reconstruction_sum_count}, batch.scales.options());
   loss = at::empty({}, batch.scales.options().dtype(at::kFloat));
   CrossEntropyBatchJob job = batch_job_of(settings, classes, batch);

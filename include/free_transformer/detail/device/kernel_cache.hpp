@@ -55,6 +55,12 @@ class KernelCache {
     return reason;
   }
 
+  /// True while a graph is captured, which must see neither a compilation nor a look at a value.
+  bool is_capturing(const Place& place) {
+    const std::lock_guard lock(mutex_);
+    return is_driver_loaded() && captures(place);
+  }
+
  private:
   struct Device {
     int architecture = 0;
@@ -87,8 +93,7 @@ class KernelCache {
     auto module = modules_.find(key);
     if (module == modules_.end()) {
       if (!is_driver_loaded()) return {nullptr, nullptr, driver_reason_};
-      int status = 0;
-      if (driver_.is_capturing(place.stream, &status) == 0 && status != 0) {
+      if (captures(place)) {
         return {nullptr, nullptr, "a kernel cannot be compiled while a graph is captured: run the loss once before"};
       }
       module = modules_.emplace(key, load(device_of(place.device), variant)).first;
@@ -96,6 +101,11 @@ class KernelCache {
     const auto function = module->second.functions.find(kernel);
     if (function == module->second.functions.end()) return {nullptr, nullptr, module->second.reason};
     return {function->second, devices_[place.device].context, ""};
+  }
+
+  bool captures(const Place& place) const {
+    int status = 0;
+    return driver_.is_capturing(place.stream, &status) == 0 && status != 0;
   }
 
   [[gnu::cold]] bool is_driver_loaded() {

@@ -20,12 +20,12 @@
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::device {
 
 /// True for logits and settings of the kind that the kernels read; whether the device has kernels is another question.
-inline bool takes_latent_kl(const at::Tensor& z_logits, const LatentSettings& settings) {
+inline bool can_read(const at::Tensor& z_logits, const LatentSettings& settings) {
   return element_of(z_logits.scalar_type()) && !settings.prior_logits.defined() && is_plain_memory(z_logits) &&
          z_logits.dim() > 0 && can_take_bits(z_logits.size(-1)) && row_layout_of(z_logits);
 }
 
-struct LatentRows {
+struct LatentRowResults {
   at::Tensor sums;      ///< see `LatentSum`
   at::Tensor totals;    ///< [2] float64: the scale of every penalty, the batch's mean KL
   at::Tensor loss;      ///< 0-dim float32
@@ -46,9 +46,9 @@ inline LatentJob latent_job_of(const at::Tensor& z_logits, const LatentSettings&
 }
 
 /// All positions; at most three launches.
-inline std::string latent_rows(kernels::Hinge hinge, const at::Tensor& z_logits, const LatentSettings& settings,
-                               const Normalization& normalization, bool wants_penalty, bool wants_gradient,
-                               const Place& place, LatentRows& rows, KernelCache& cache = kernel_cache()) {
+inline std::string launch_latent_rows(kernels::Hinge hinge, const at::Tensor& z_logits, const LatentSettings& settings,
+                                      const Normalization& normalization, bool wants_penalty, bool wants_gradient,
+                                      const Place& place, LatentRowResults& rows, KernelCache& cache = kernel_cache()) {
   const auto doubles = z_logits.options().dtype(at::kDouble);
   const int64_t bits = z_logits.size(-1);
   LatentJob job = latent_job_of(z_logits, settings, /*upstream=*/{});
@@ -71,9 +71,10 @@ inline std::string latent_rows(kernels::Hinge hinge, const at::Tensor& z_logits,
 }
 
 /// The gradient for `upstream`, 0-dim or [N] float64, from the totals of an earlier call; one launch.
-inline std::string latent_gradient(kernels::Hinge hinge, const at::Tensor& z_logits, const LatentSettings& settings,
-                                   const at::Tensor& scale, const at::Tensor& mean_kl, const at::Tensor& upstream,
-                                   const Place& place, at::Tensor& gradient, KernelCache& cache = kernel_cache()) {
+inline std::string launch_latent_gradient(kernels::Hinge hinge, const at::Tensor& z_logits,
+                                          const LatentSettings& settings, const at::Tensor& scale,
+                                          const at::Tensor& mean_kl, const at::Tensor& upstream, const Place& place,
+                                          at::Tensor& gradient, KernelCache& cache = kernel_cache()) {
   gradient = at::empty(z_logits.sizes(), z_logits.options());
   LatentJob job = latent_job_of(z_logits, settings, upstream);
   job.gradient = gradient.data_ptr();

@@ -115,7 +115,8 @@ inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const Cro
   job.softcap = settings.softcap;
   job.gradient = gradient.defined() ? gradient.data_ptr() : nullptr;
   job.gradient_rows = &gradient_rows;
-  job.upstream = numbers(upstream);
+  const at::Tensor adjacent_upstream = upstream.defined() ? upstream.contiguous() : upstream;
+  job.upstream = numbers(adjacent_upstream);
   const double* scales = positions.scales.data_ptr<double>();
   job.likelihood_scale = scales[scale_of_likelihood];
   job.z_scale = scales[scale_of_z];

@@ -46,16 +46,11 @@ inline void close_if_below_budget(double free_bits, LatentRows& rows) {
   if (rows.gradient.defined()) rows.gradient.zero_();
 }
 
-/// What every penalty is multiplied by on its way to the loss: 0-dim float64.
-inline at::Tensor latent_scale(const at::Tensor& z_logits, const LatentSettings& settings,
-                               const Normalization& normalization) {
+inline double latent_weight(const at::Tensor& z_logits, const LatentSettings& settings) {
   const int64_t rows = z_logits.numel() / z_logits.size(-1);
-  double weight = static_cast<double>(rows);
-  if (settings.token_weight.defined()) {
-    const double* weights = settings.token_weight.data_ptr<double>();
-    weight = pairwise_sum(0, rows, [&](int64_t row) { return weights[row]; });
-  }
-  return at::scalar_tensor(loss_scale(normalization, weight, weight), z_logits.options().dtype(at::kDouble));
+  if (!settings.token_weight.defined()) return static_cast<double>(rows);
+  const double* weights = settings.token_weight.data_ptr<double>();
+  return pairwise_sum(0, rows, [&](int64_t row) { return weights[row]; });
 }
 
 #if FREE_TRANSFORMER_VECTOR_KERNELS
@@ -85,12 +80,18 @@ inline void process_positions(const LatentJob& job, int64_t positions, double* s
 }
 #endif
 
-/// All positions. upstream is [N] float64 and multiplies the scale, or undefined.
+/// All positions. `scale` is that of an earlier call, or undefined: then it follows from the normalization. upstream is [N]
+/// float64 and multiplies the scale, or undefined.
 inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const LatentSettings& settings,
-                              const at::Tensor& scale, const at::Tensor& upstream, const WantedOfLatents& wanted) {
+                              const Normalization& normalization, const at::Tensor& scale, const at::Tensor& upstream,
+                              const WantedOfLatents& wanted) {
 #if FREE_TRANSFORMER_VECTOR_KERNELS
   const int64_t bits = z_logits.size(-1), rows = z_logits.numel() / bits;
   LatentRows result;
+  const double weight = latent_weight(z_logits, settings);
+  result.scale = scale.defined() ? scale
+                                 : at::scalar_tensor(loss_scale(normalization, weight, weight),
+                                                     z_logits.options().dtype(at::kDouble));
   result.sums = at::zeros({latent_sum_count + bits}, z_logits.options().dtype(at::kDouble));
   if (wanted.penalty) result.penalty = at::empty({rows}, z_logits.options().dtype(at::kFloat));
   if (wanted.gradient) result.gradient = empty_on_large_pages(z_logits.sizes(), z_logits.options());
@@ -104,8 +105,9 @@ inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const Lat
   job.free_bits = settings.free_bits;
   job.token_weight = settings.token_weight.defined() ? settings.token_weight.data_ptr<double>() : nullptr;
   job.gradient = wanted.gradient ? result.gradient.data_ptr() : nullptr;
-  job.upstream = upstream.defined() ? upstream.data_ptr<double>() : nullptr;
-  job.scale = host_value(scale);
+  const at::Tensor adjacent_upstream = upstream.defined() ? upstream.contiguous() : upstream;
+  job.upstream = upstream.defined() ? adjacent_upstream.data_ptr<double>() : nullptr;
+  job.scale = host_value(result.scale);
   job.penalty = wanted.penalty ? result.penalty.data_ptr<float>() : nullptr;
   process_positions(job, rows, result.sums.data_ptr<double>());
   if (hinge == Hinge::batch_mean) close_if_below_budget(settings.free_bits, result);

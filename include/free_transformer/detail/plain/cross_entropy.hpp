@@ -274,7 +274,8 @@ inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const Cro
     }
     blocks.push_back(std::move(rows));
   });
-  CrossEntropyOfRows result{joined(blocks, logits.options().dtype(type)), {}};
+  CrossEntropyOfRows result;
+  result.rows = joined(blocks, logits.options().dtype(type));
   CrossEntropyRows& rows = result.rows;
   if (wanted.each || wanted.prediction || wanted.entropy) {
     for (at::Tensor* values : {&rows.nll, &rows.likelihood_loss, &rows.log_sum_exp, &rows.prediction, &rows.entropy}) {

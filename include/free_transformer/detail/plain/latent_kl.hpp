@@ -46,16 +46,6 @@ struct LatentPositions {
   at::Tensor token_weight, left_out;
 };
 
-/// What every penalty is multiplied by on its way to the loss: 0-dim in the widest type.
-inline at::Tensor latent_scale(const at::Tensor& z_logits, const LatentSettings& settings,
-                               const Normalization& normalization) {
-  const auto options = z_logits.options().dtype(widest_type(z_logits.device()));
-  const at::Tensor weight = settings.token_weight.defined()
-                                ? ordered_sum(settings.token_weight, options.dtype().toScalarType())
-                                : at::full({}, z_logits.numel() / z_logits.size(-1), options);
-  return loss_scale(normalization, weight, weight);
-}
-
 /// Rows of the prior that belong to a block of z_logits; undefined is the uniform prior.
 inline at::Tensor prior_of_block(const at::Tensor& prior_logits, int64_t first, int64_t rows) {
   if (!prior_logits.defined()) return {};
@@ -69,10 +59,11 @@ inline at::Tensor mean_kl(const at::Tensor& sums) {
   return sums.slice(0, latent_sum_count).sum() / sums[latent_weight_sum];
 }
 
-/// All positions. upstream is [N] in the widest type and multiplies the scale, or undefined.
+/// All positions. `scale` is that of an earlier call, or undefined: then it follows from the normalization. upstream is [N]
+/// in the widest type and multiplies the scale, or undefined.
 template <typename FreeBits>
-LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& settings, const at::Tensor& scale,
-                       const at::Tensor& upstream, const WantedOfLatents& wanted) {
+LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& settings, const Normalization& normalization,
+                       const at::Tensor& scale, const at::Tensor& upstream, const WantedOfLatents& wanted) {
   const int64_t bits = z_logits.size(-1), rows = z_logits.numel() / bits;
   const auto wide = widest_type(z_logits.device());
   const auto options = z_logits.options().dtype(wide);
@@ -95,6 +86,7 @@ LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& setting
   const at::Tensor mean = bit_sums.sum() / weight, above_any_budget = at::zeros_like(mean).reciprocal();
 
   LatentRows result;
+  result.scale = scale.defined() ? scale : loss_scale(normalization, weight, weight);
   if (wanted.penalty)
     result.penalty = at::zeros({rows}, z_logits.options().dtype(arithmetic_type(z_logits.scalar_type())));
   if (wanted.gradient) result.gradient = at::empty(z_logits.sizes(), z_logits.options());
@@ -111,7 +103,8 @@ LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& setting
           const at::Tensor leaf = wants_gradient ? at::Tensor(kl).requires_grad_() : kl;
           penalty = FreeBits::penalty(leaf, mean, settings.free_bits);
           if (wants_gradient) {
-            const at::Tensor factor = upstream.defined() ? part(upstream) * scale : scale.expand({kl.size(0)});
+            const at::Tensor factor =
+                upstream.defined() ? part(upstream) * result.scale : result.scale.expand({kl.size(0)});
             gate = torch::autograd::grad({penalty}, {leaf}, {positions.weighted(factor)})[0];
           }
         }
