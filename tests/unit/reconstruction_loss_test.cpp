@@ -403,5 +403,7 @@ TEST_CASE("On a device whose values are not read, a target out of range makes th
     const auto each = detail_::cross_entropy_forward(logits, settings, positions, detail_::ReductionKind::none,
                                                      /*count_hits=*/false, /*gradient=*/{});
     CHECK(values(each.loss.isnan()) == std::vector<double>{0, 1, 0});
+    const auto of = detail_::cross_entropy_rows(logits, settings, positions, {}, {}, {/*sums=*/false, /*each=*/true});
+    CHECK(values(of.rows.nll.isnan()) == std::vector<double>{0, 1, 0});
   }
 }

@@ -68,7 +68,7 @@ enum class Loss : int { cross_entropy, latent_kl };
   constexpr int64_t rows = 12, classes = 1031;
   const at::Tensor logits = trial_logits(rows, classes, options);
   CrossEntropySettings settings;
-  settings.targets = at::arange(rows, at::kLong).mul_(97).to(options.device());
+  settings.targets = at::arange(rows, at::kLong).mul_(89).to(options.device());
   settings.targets.narrow(0, 5, 1).fill_(settings.ignore_index);
   const auto positions = plain::cross_entropy_positions(settings, classes, at::kFloat, Normalization());
   const at::Tensor expected = at::empty_like(logits), found = at::empty_like(logits);

@@ -113,8 +113,8 @@ inline LatentRows latent_rows(Hinge hinge, const at::Tensor& z_logits, const Lat
   if (hinge == Hinge::batch_mean) close_if_below_budget(settings.free_bits, result);
   return result;
 #else
-  TORCH_INTERNAL_ASSERT(false, int(hinge), z_logits, settings.free_bits, scale, upstream, wanted.penalty,
-                        wanted.gradient);
+  TORCH_INTERNAL_ASSERT(false, int(hinge), z_logits, settings.free_bits, normalization.tensor, scale, upstream,
+                        wanted.penalty, wanted.gradient);
 #endif
 }
 

@@ -277,6 +277,11 @@ inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const Cro
   CrossEntropyOfRows result;
   result.rows = joined(blocks, logits.options().dtype(type));
   CrossEntropyRows& rows = result.rows;
+  if (wanted.each && !settings.has_probabilities()) {  // a target out of range shows, here too
+    const at::Tensor zero = positions.token_weight * 0;
+    rows.nll = rows.nll + zero;
+    rows.likelihood_loss = rows.likelihood_loss + zero;
+  }
   if (wanted.each || wanted.prediction || wanted.entropy) {
     for (at::Tensor* values : {&rows.nll, &rows.likelihood_loss, &rows.log_sum_exp, &rows.prediction, &rows.entropy}) {
       if (values->defined()) *values = without_left_out(*values, positions);
