@@ -277,14 +277,16 @@ inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const Cro
   CrossEntropyOfRows result;
   result.rows = joined(blocks, logits.options().dtype(type));
   CrossEntropyRows& rows = result.rows;
-  if (wanted.each && !settings.has_probabilities()) {  // a target out of range shows, here too
-    const at::Tensor zero = positions.token_weight * 0;
-    rows.nll = rows.nll + zero;
-    rows.likelihood_loss = rows.likelihood_loss + zero;
-  }
   if (wanted.each || wanted.prediction || wanted.entropy) {
+    const bool is_nll = rows.nll.is_same(rows.likelihood_loss);
+    if (wanted.each && !settings.has_probabilities()) {  // a target out of range shows, here too
+      const at::Tensor zero = positions.token_weight * 0;
+      rows.nll = rows.nll + zero;
+      if (!is_nll) rows.likelihood_loss = rows.likelihood_loss + zero;
+    }
     for (at::Tensor* values : {&rows.nll, &rows.likelihood_loss, &rows.log_sum_exp, &rows.prediction, &rows.entropy}) {
-      if (values->defined()) *values = without_left_out(*values, positions);
+      const bool is_copied = values == &rows.likelihood_loss && is_nll;
+      if (values->defined()) *values = is_copied ? rows.nll : without_left_out(*values, positions);
     }
   }
   if (wanted.sums) result.sums = reconstruction_sums(rows, settings, positions);

@@ -68,11 +68,14 @@ LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& setting
   const auto wide = widest_type(z_logits.device());
   const auto options = z_logits.options().dtype(wide);
   const LatentPositions all_positions(settings);
+  at::Tensor only_kl;  // kept for the second walk where there is one block
   const auto for_each_block = [&](const auto& visit) {
     for_each_row_block(z_logits.detach(), 0, [&](const at::Tensor& block, int64_t first) {
       const auto positions = all_positions.narrowed(first, block.size(0));
       const at::Tensor z = block.to(wide), prior = prior_of_block(settings.prior_logits, first, block.size(0));
-      visit(positions.counted(bernoulli_kl(z, prior)), positions, z, prior, first);
+      const at::Tensor kl = only_kl.defined() ? only_kl : positions.counted(bernoulli_kl(z, prior));
+      visit(kl, positions, z, prior, first);
+      if (block.numel() == z_logits.numel()) only_kl = kl.detach();
     });
   };
 
@@ -100,7 +103,7 @@ LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& setting
         at::Tensor penalty, gate;  // d loss / d KL of each bit
         {
           const at::AutoGradMode with_graph(wants_gradient);
-          const at::Tensor leaf = wants_gradient ? at::Tensor(kl).requires_grad_() : kl;
+          const at::Tensor leaf = wants_gradient ? kl.detach().requires_grad_() : kl;
           penalty = FreeBits::penalty(leaf, mean, settings.free_bits);
           if (wants_gradient) {
             const at::Tensor factor =
@@ -109,7 +112,7 @@ LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& setting
           }
         }
         const at::Tensor weighted = positions.weighted(penalty.detach());
-        const at::Tensor is_active = FreeBits::penalty(kl.detach(), above_any_budget, settings.free_bits) > 0;
+        const at::Tensor is_active = FreeBits::penalty(kl, above_any_budget, settings.free_bits) > 0;
         penalty_sums.push_back(ordered_sum(at::stack({weighted, positions.weighted(is_active.to(wide))}), wide));
         if (wanted.penalty) part(result.penalty).copy_(weighted);
         if (wanted.gradient) {
