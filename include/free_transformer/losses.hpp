@@ -1,6 +1,7 @@
 /// Everything that needs LibTorch alone.
 #pragma once
 
+#include "free_transformer/device_kernels.hpp"
 #include "free_transformer/free_transformer_loss.hpp"
 #include "free_transformer/kl_divergence.hpp"
 #include "free_transformer/linear_logits.hpp"

@@ -45,3 +45,11 @@ TEST_CASE("What the kernels do not take is computed without them", "[device]") {
           compute_reconstruction_loss(logits.to(torch::kFloat).softmax(-1), logits.to(torch::kFloat).softmax(-1));
         }) == 0);
 }
+
+TEST_CASE("Kernels that are turned off are not launched", "[device]") {
+  const Tensor targets = torch::arange(6), logits = eighths({6, 40}, torch::kFloat);
+  use_device_kernels(false);
+  CHECK(launches_of([&] { compute_reconstruction_loss(logits, targets); }) == 0);
+  use_device_kernels(true);
+  CHECK(launches_of([&] { compute_reconstruction_loss(logits, targets); }) == 3);
+}
