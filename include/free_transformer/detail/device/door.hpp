@@ -47,11 +47,10 @@ inline std::optional<CrossEntropyOfRows> cross_entropy_rows(const at::Tensor& lo
   CrossEntropyRowResults rows;
   if (wanted.sums || wanted.each) rows = empty_rows(settings.targets, wanted.prediction);
   if (wanted.entropy) rows.entropy = at::empty_like(rows.nll);
-  const at::Tensor adjacent = upstream.defined() ? upstream.contiguous() : upstream;
   CrossEntropyBatch batch;
   batch.scales = positions.scales;
-  if (!was_launched(
-          launch_rows(logits, settings, batch.likelihood_scale(), batch.z_scale(), gradient, adjacent, rows, *place))) {
+  if (!was_launched(launch_rows(logits, settings, batch.likelihood_scale(), batch.z_scale(), gradient,
+                                readable_upstream(upstream), rows, *place))) {
     return {};
   }
   CrossEntropyOfRows result{rows, {}, {}};
@@ -86,9 +85,8 @@ inline std::optional<LatentRows> latent_rows(kernels::Hinge hinge, const at::Ten
     return result;
   }
   const at::Tensor mean_kl = rows.totals.defined() ? rows.totals.select(0, 1) : scale;  // no other hinge looks at it
-  const at::Tensor adjacent = upstream.defined() ? upstream.contiguous() : upstream;
-  if (!was_launched(
-          launch_latent_gradient(hinge, z_logits, settings, scale, mean_kl, adjacent, *place, result.gradient))) {
+  if (!was_launched(launch_latent_gradient(hinge, z_logits, settings, scale, mean_kl, readable_upstream(upstream),
+                                           *place, result.gradient))) {
     return {};
   }
   return result;

@@ -71,6 +71,12 @@ inline const double* doubles_of(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.data_ptr<double>() : nullptr;
 }
 
+/// An upstream [N] as the kernels take it: one number if all rows share one, else numbers that are adjacent.
+inline at::Tensor readable_upstream(const at::Tensor& upstream) {
+  if (!upstream.defined() || upstream.dim() == 0 || upstream.size(0) == 0) return upstream;
+  return upstream.stride(0) == 0 ? upstream.select(0, 0) : upstream.contiguous();
+}
+
 /// 0 for one number that all rows share.
 inline int64_t stride_of_upstream(const at::Tensor& upstream) { return upstream.defined() && upstream.dim() > 0; }
 
