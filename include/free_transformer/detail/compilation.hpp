@@ -16,10 +16,10 @@
 #endif
 #endif
 
-// A LibTorch with CUDA brings these headers along; beside any other one nothing of the device kernels is compiled. Whether
-// there is a device, and what compiles for it, is found when the program runs.
+// This header is made by a build of LibTorch with CUDA alone; beside another LibTorch nothing of the device kernels is
+// compiled. Whether there is a device, and what compiles for it, is found when the program runs.
 #if !defined(FREE_TRANSFORMER_DEVICE_KERNELS)
-#if defined(__unix__) && __has_include(<c10/cuda/CUDAMacros.h>)
+#if defined(__unix__) && __has_include(<c10/cuda/impl/cuda_cmake_macros.h>)
 #define FREE_TRANSFORMER_DEVICE_KERNELS 1
 #else
 #define FREE_TRANSFORMER_DEVICE_KERNELS 0
