@@ -63,8 +63,7 @@ class CrossEntropyPass final : public LossPass {
       if (finished.scalar_type() == upstream.scalar_type()) return finished.mul_(upstream);
     }
     const at::Tensor fresh = kernels::empty_on_large_pages(logits.sizes(), logits.options());
-    cross_entropy_rows(logits, settings_, positions_, fresh, upstream.expand({settings_.targets.size(0)}).contiguous(),
-                       {});
+    cross_entropy_rows(logits, settings_, positions_, fresh, upstream.expand({settings_.targets.size(0)}), {});
     return fresh;
   }
 
