@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <string>
 #include <thread>
 #include <vector>
@@ -264,8 +265,8 @@ void overwrite(const std::string& file, const std::string& all) {
 }
 
 void test_folder() {
-  char pattern[] = "/tmp/free_transformer_kernels_XXXXXX";
-  const std::string parent = mkdtemp(pattern), folder = parent + "/kernels";
+  std::string pattern = std::filesystem::temp_directory_path() / "free_transformer_kernels_XXXXXX";
+  const std::string parent = mkdtemp(pattern.data()), folder = parent + "/kernels";
   const auto compilations_of_new_process = [&] {
     const int before = nvrtc().compilations;
     KernelCache cache;
