@@ -17,7 +17,6 @@
 #include "free_transformer/detail/settings.hpp"
 #if FREE_TRANSFORMER_VECTOR_KERNELS
 #include "free_transformer/detail/kernels/cross_entropy_rows.hpp"
-#include "free_transformer/detail/kernels/vector/instruction_set.hpp"
 #endif
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
@@ -67,8 +66,8 @@ inline CrossEntropySums process_rows(const CrossEntropyJob& job, int64_t rows) {
   parallel_rows(blocks, 1, [&](int64_t first_block, int64_t last_block) {
     CrossEntropyScratch scratch(job);
     for (int64_t block = first_block; block < last_block; ++block) {
-      run_vectorized(CrossEntropyKernel{job, block * rows_of_block, std::min(rows, (block + 1) * rows_of_block),
-                                        scratch, of_blocks[static_cast<size_t>(block)]});
+      of_blocks[static_cast<size_t>(block)] =
+          process_block(job, block * rows_of_block, std::min(rows, (block + 1) * rows_of_block), scratch);
     }
   });
   const auto total = [&](double CrossEntropySums::*sum) {

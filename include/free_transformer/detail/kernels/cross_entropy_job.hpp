@@ -11,6 +11,7 @@
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/kernels/row_offsets.hpp"
 #include "free_transformer/detail/kernels/vector/elements.hpp"
+#include "free_transformer/detail/kernels/vector/instruction_set.hpp"
 #include "free_transformer/detail/positions.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
@@ -56,7 +57,6 @@ struct CrossEntropySums {
 
 /// Columns that are worked on at one time: 2 KiB.
 inline constexpr int64_t stretch = 512;
-inline constexpr int64_t most_lanes = 16;
 
 /// A row of 65 classes takes 500 instructions as a lane of columns and 890 in its own way (AVX2, forward alone; 990 with its
 /// gradient). Each class adds 7 (15) there and 2 (5) here.
@@ -72,14 +72,18 @@ struct CrossEntropyScratch {
     if (job.softcap > 0) slopes.reset(new float[row]);
   }
 
+  const int64_t lanes = lanes_in_use();
   alignas(64) float values[size_t{stretch + most_lanes}];   ///< logits of a stretch
   alignas(64) float results[size_t{stretch + most_lanes}];  ///< exponentials that go nowhere else, or their products
-  alignas(64) float columns[size_t{most_narrow_columns * most_lanes}];              ///< of narrow rows
-  alignas(64) float rows[size_t{(most_narrow_columns + most_lanes) * most_lanes}];  ///< narrow rows, widened
-  std::unique_ptr<float[]> exponentials;  ///< of the row, for half types and with a cap
-  std::unique_ptr<float[]> slopes;        ///< of the cap
-  std::vector<float> references;          ///< of each stretch: what its exponentials are relative to
+  alignas(64) float columns[size_t{most_narrow_columns * most_lanes}];  ///< of narrow rows
+  alignas(64) float rows[size_t{most_narrow_columns * most_lanes}];     ///< narrow rows, widened
+  std::unique_ptr<float[]> exponentials;                                ///< of the row, for half types and with a cap
+  std::unique_ptr<float[]> slopes;                                      ///< of the cap
+  std::vector<float> references;  ///< of each stretch: what its exponentials are relative to
 };
+
+/// What exponentials are relative to, given the largest logit.
+inline float reference_of(float maximum) { return maximum < -std::numeric_limits<float>::max() ? 0.0f : maximum; }
 
 /// What the logits of a row and its target are reduced to, while it is walked along. Sums are relative to `reference`, the
 /// largest logit so far, or 0 while that is -inf.
@@ -96,8 +100,6 @@ struct CrossEntropyRow {
   CrossEntropyRow() = default;
   CrossEntropyRow(float logit, int64_t target)
       : maximum(logit), target_logit(logit), reference(reference_of(logit)), prediction(target) {}
-
-  static float reference_of(float maximum) { return maximum < -std::numeric_limits<float>::max() ? 0.0f : maximum; }
 
   void raise_maximum(float larger) {
     const float next = reference_of(larger);

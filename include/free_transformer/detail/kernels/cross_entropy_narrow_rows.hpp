@@ -65,13 +65,18 @@ template <int lanes>
   alignas(64) float weights[size_t{lanes}] = {}, class_weights[size_t{lanes}] = {}, target_logits[size_t{lanes}] = {};
   const float* logits[size_t{lanes}];
   float* const columns = scratch.columns;
+  const float* adjacent = nullptr;
+  if (job.logit_rows->are_adjacent(job.columns)) {
+    adjacent = widened(job.logits_of(begin), job.element, 0, count * job.columns, scratch.rows);
+  }
   for (int64_t lane = 0; lane < lanes; ++lane) {
     logits[lane] = zeros;
     rows.targets[lane] = -1;
     const double weight = lane < count ? job.weights(begin + lane) : 0;
     if (!(weight > 0)) continue;
-    float* const room = scratch.rows + lane * (most_narrow_columns + most_lanes);
-    logits[lane] = widened<lanes>(job.logits_of(begin + lane), job.element, 0, job.columns, room);
+    const int64_t offset = lane * job.columns;
+    logits[lane] = adjacent ? adjacent + offset
+                            : widened(job.logits_of(begin + lane), job.element, 0, job.columns, scratch.rows + offset);
     rows.targets[lane] = static_cast<int32_t>(job.weights.targets[begin + lane]);
     target_logits[lane] = logits[lane][rows.targets[lane]];
     weights[lane] = static_cast<float>(weight);
@@ -167,28 +172,42 @@ template <int lanes>
     values.values *= factor.values;
     store<lanes>(values, columns + column * lanes);
   }
+  const bool is_float = job.element == Element::float32, are_adjacent = job.gradient_rows->are_adjacent(job.columns);
   for (int64_t lane = 0; lane < count; ++lane) {
     void* const gradient = job.gradient_of(begin + lane);
+    float* const row = is_float ? static_cast<float*>(gradient) : scratch.rows + lane * job.columns;
     if (rows.targets[lane] < 0) {
-      std::memset(gradient, 0, static_cast<size_t>(job.columns * bytes_of(job.element)));
-      continue;
+      std::memset(row, 0, sizeof(float) * static_cast<size_t>(job.columns));
+    } else {
+      for (int64_t column = 0; column < job.columns; ++column) row[column] = columns[column * lanes + lane];
+      row[rows.targets[lane]] = target_gradients[lane];
     }
-    const bool is_written_at_once = job.element == Element::float32;
-    float* const row = is_written_at_once ? static_cast<float*>(gradient) : scratch.rows;
-    for (int64_t column = 0; column < job.columns; ++column) row[column] = columns[column * lanes + lane];
-    row[rows.targets[lane]] = target_gradients[lane];
-    if (!is_written_at_once) store_products<lanes>(row, job.columns, 1.0f, gradient, job.element, 0);
+    if (!is_float && !are_adjacent) store_products(row, job.columns, 1.0f, gradient, job.element, 0);
+  }
+  if (!is_float && are_adjacent) {
+    store_products(scratch.rows, count * job.columns, 1.0f, job.gradient_of(begin), job.element, 0);
   }
 }
 
-/// `count` rows, at most `lanes`.
-template <int lanes>
-[[gnu::always_inline]] inline void process_narrow_rows(const CrossEntropyJob& job, int64_t begin, int64_t count,
-                                                       CrossEntropyScratch& scratch, CrossEntropySums& sums) {
-  NarrowRows<lanes> rows;
-  reduce_narrow_rows<lanes>(job, begin, count, scratch, rows);
-  finish_narrow_rows<lanes>(job, begin, count, rows, sums);
-  if (job.gradient) write_narrow_gradient<lanes>(job, begin, count, scratch, rows);
-}
+/// Rows [begin, end), as many at a time as a vector has lanes.
+struct ProcessNarrowRows {
+  const CrossEntropyJob& shared_job;
+  int64_t begin, end;
+  CrossEntropyScratch& scratch;
+
+  template <int lanes>
+  [[gnu::always_inline]] CrossEntropySums run() const {
+    const CrossEntropyJob job = shared_job;  // which no store through a pointer can change, as the compiler sees
+    CrossEntropySums sums;
+    for (int64_t first = begin; first < end; first += lanes) {
+      const int64_t count = std::min<int64_t>(end - first, lanes);
+      NarrowRows<lanes> rows;
+      reduce_narrow_rows<lanes>(job, first, count, scratch, rows);
+      finish_narrow_rows<lanes>(job, first, count, rows, sums);
+      if (job.gradient) write_narrow_gradient<lanes>(job, first, count, scratch, rows);
+    }
+    return sums;
+  }
+};
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

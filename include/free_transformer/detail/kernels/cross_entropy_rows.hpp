@@ -1,4 +1,4 @@
-/// Cross entropy of a range of rows in one instruction set: each is reduced in the way that its width asks for, the
+/// Cross entropy of a range of rows: each is reduced in the way that its width asks for, the
 /// logarithms of a group of wide rows are taken in vectors, and what the caller wants of the rows is written and summed.
 #pragma once
 
@@ -11,8 +11,8 @@
 #include "free_transformer/detail/kernels/cross_entropy_job.hpp"
 #include "free_transformer/detail/kernels/cross_entropy_narrow_rows.hpp"
 #include "free_transformer/detail/kernels/cross_entropy_row.hpp"
-#include "free_transformer/detail/kernels/vector/lanes.hpp"
-#include "free_transformer/detail/kernels/vector/logarithm.hpp"
+#include "free_transformer/detail/kernels/cross_entropy_stretch.hpp"
+#include "free_transformer/detail/kernels/vector/instruction_set.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
@@ -55,27 +55,22 @@ inline void finish_row(const CrossEntropyJob& job, int64_t index, double weight,
 }
 
 /// At most `rows_of_group` rows.
-template <int lanes>
-[[gnu::always_inline]] inline void process_group(const CrossEntropyJob& job, int64_t begin, int64_t end,
-                                                 CrossEntropyScratch& scratch, CrossEntropySums& sums) {
+inline void process_group(const CrossEntropyJob& job, int64_t begin, int64_t end, CrossEntropyScratch& scratch,
+                          CrossEntropySums& sums) {
   double weights[size_t{rows_of_group}] = {};
   CrossEntropyRow rows[size_t{rows_of_group}];
   alignas(64) float log_sums[size_t{rows_of_group}] = {};
-  for (int64_t index = begin; index < end; ++index) weights[index - begin] = job.weights(index);
   for (int64_t index = begin; index < end; ++index) {
-    if (weights[index - begin] > 0) {
-      rows[index - begin] = process_row<lanes>(job, index, weights[index - begin], scratch);
+    const double weight = weights[index - begin] = job.weights(index);
+    CrossEntropyRow& row = rows[index - begin];
+    if (weight > 0) {
+      row = process_row(job, index, weight, scratch);
     } else if (job.gradient) {
       std::memset(job.gradient_of(index), 0, static_cast<size_t>(job.columns * bytes_of(job.element)));
     }
+    log_sums[index - begin] = argument_of_log_sum(row);
   }
-  for (int64_t row = 0; row < end - begin; ++row) log_sums[row] = argument_of_log_sum(rows[row]);
-  for (int64_t row = 0; row < end - begin; row += lanes) {
-    Lanes<lanes> values;
-    load<lanes>(log_sums + row, values);
-    logarithm_of_one_plus<lanes>(values);
-    store<lanes>(values, log_sums + row);
-  }
+  run_vectorized(LogarithmsOfOnePlus{log_sums, rows_of_group});
   for (int64_t row = 0; row < end - begin; ++row) {
     if (weights[row] > 0) {
       finish_row(job, begin + row, weights[row], rows[row], static_cast<double>(log_sums[row]), sums);
@@ -86,27 +81,14 @@ template <int lanes>
 }
 
 /// Rows [begin, end).
-struct CrossEntropyKernel {
-  const CrossEntropyJob& job;
-  int64_t begin, end;
-  CrossEntropyScratch& scratch;
-  CrossEntropySums& sums;
-
-  template <int lanes>
-  [[gnu::always_inline]] void run() const {
-    const CrossEntropyJob own_job = job;  // which no store through a pointer can change, as the compiler sees
-    CrossEntropySums of_rows;
-    if (takes_narrow_rows(own_job)) {
-      for (int64_t first = begin; first < end; first += lanes) {
-        process_narrow_rows<lanes>(own_job, first, std::min<int64_t>(end - first, lanes), scratch, of_rows);
-      }
-    } else {
-      for (int64_t first = begin; first < end; first += rows_of_group) {
-        process_group<lanes>(own_job, first, std::min(end, first + rows_of_group), scratch, of_rows);
-      }
-    }
-    sums = of_rows;
+inline CrossEntropySums process_block(const CrossEntropyJob& job, int64_t begin, int64_t end,
+                                      CrossEntropyScratch& scratch) {
+  CrossEntropySums sums;
+  if (takes_narrow_rows(job)) return run_vectorized(ProcessNarrowRows{job, begin, end, scratch});
+  for (int64_t first = begin; first < end; first += rows_of_group) {
+    process_group(job, first, std::min(end, first + rows_of_group), scratch, sums);
   }
-};
+  return sums;
+}
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

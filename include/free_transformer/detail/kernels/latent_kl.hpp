@@ -18,7 +18,6 @@
 #include "free_transformer/detail/settings.hpp"
 #if FREE_TRANSFORMER_VECTOR_KERNELS
 #include "free_transformer/detail/kernels/latent_kl_positions.hpp"
-#include "free_transformer/detail/kernels/vector/instruction_set.hpp"
 #endif
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
@@ -64,10 +63,9 @@ inline void process_positions(const LatentJob& job, int64_t positions, double* s
     LatentGroup group(job.bits);
     for (int64_t block = first_block; block < last_block; ++block) {
       double* of_block = of_blocks.data() + static_cast<size_t>(block) * width;
-      LatentSums block_sums;
-      run_vectorized(LatentKernel{job, block * positions_of_block,
-                                  std::min(positions, (block + 1) * positions_of_block), block_sums,
-                                  of_block + latent_sum_count, group});
+      const LatentSums block_sums =
+          process_block(job, block * positions_of_block, std::min(positions, (block + 1) * positions_of_block), group,
+                        of_block + latent_sum_count);
       of_block[penalty_sum] = block_sums.penalty;
       of_block[latent_weight_sum] = block_sums.weight;
       of_block[active_sum] = block_sums.active;

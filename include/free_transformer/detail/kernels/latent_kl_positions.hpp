@@ -15,6 +15,7 @@
 #include "free_transformer/detail/kernels/row_offsets.hpp"
 #include "free_transformer/detail/kernels/vector/elements.hpp"
 #include "free_transformer/detail/kernels/vector/exponential.hpp"
+#include "free_transformer/detail/kernels/vector/instruction_set.hpp"
 #include "free_transformer/detail/kernels/vector/lanes.hpp"
 #include "free_transformer/detail/numbers.hpp"
 
@@ -100,50 +101,138 @@ inline constexpr int64_t positions_of_block = 1024;
 /// position ends. The KL of each bit is summed in float32 over so many positions, in float64 beyond.
 inline constexpr int64_t positions_of_group = 32;
 
-/// What a thread computes of a group, position by position, with room for a whole vector behind it.
+/// What a thread computes of a group, position by position, with room for two whole vectors behind it.
 struct LatentGroup {
   explicit LatentGroup(int64_t bits)
-      : logits(static_cast<size_t>(positions_of_group * bits + 16)), kl(logits.size()), derivatives(logits.size()) {}
+      : logits(static_cast<size_t>(positions_of_group * bits + 2 * most_lanes)),
+        kl(logits.size()),
+        derivatives(logits.size()) {}
 
   std::vector<float> logits, kl, derivatives;
 };
 
 /// The logits of positions [begin, end) one behind the other, as float32.
-template <int lanes>
-[[gnu::always_inline]] inline const float* adjacent_logits(const LatentJob& job, int64_t begin, int64_t end,
-                                                           float* room) {
+inline const float* adjacent_logits(const LatentJob& job, int64_t begin, int64_t end, float* room) {
   if (job.z_rows->are_adjacent(job.bits)) {
-    return widened<lanes>(job.z_logits, job.element, begin * job.bits, (end - begin) * job.bits, room);
+    return widened(job.z_logits, job.element, begin * job.bits, (end - begin) * job.bits, room);
   }
   for (int64_t position = begin; position < end; ++position) {
     float* target = room + (position - begin) * job.bits;
-    const float* source = widened<lanes>(job.z_logits, job.element, (*job.z_rows)(position), job.bits, target);
+    const float* source = widened(job.z_logits, job.element, (*job.z_rows)(position), job.bits, target);
     if (source != target) std::memcpy(target, source, sizeof(float) * static_cast<size_t>(job.bits));
   }
   return room;
 }
 
 /// KL and derivative of `count` logits; two vectors at a time hide the latency of the polynomials.
-template <int lanes>
-[[gnu::always_inline]] inline void bernoulli_kl(const float* logits, int64_t count, float* kl, float* derivatives) {
-  Lanes<lanes> values[2], results[2], slopes[2];
-  int64_t index = 0;
-  for (; index + 2 * lanes <= count; index += 2 * lanes) {
+struct BernoulliKL {
+  const float* logits;
+  int64_t count;
+  float* kl;
+  float* derivatives;
+
+  template <int lanes>
+  [[gnu::always_inline]] void run() const {
+    constexpr int together = 2 * lanes;
+    float part[size_t{together}] = {};
+    for (int64_t index = 0; index < count; index += together) {
+      const float* from = logits + index;
+      if (index + together > count) {
+        std::memcpy(part, from, sizeof(float) * static_cast<size_t>(count - index));
+        from = part;
+      }
 #pragma GCC unroll 2
-    for (int k = 0; k < 2; ++k) {
-      load<lanes>(logits + index + k * lanes, values[k]);
-      bernoulli_kl<lanes>(values[k], results[k], slopes[k]);
-      store<lanes>(results[k], kl + index + k * lanes);
-      store<lanes>(slopes[k], derivatives + index + k * lanes);
+      for (int k = 0; k < 2; ++k) {
+        Lanes<lanes> values, result, derivative;
+        load<lanes>(from + k * lanes, values);
+        bernoulli_kl<lanes>(values, result, derivative);
+        store<lanes>(result, kl + index + k * lanes);
+        store<lanes>(derivative, derivatives + index + k * lanes);
+      }
     }
   }
-  for (; index < count; index += lanes) {
-    load_part<lanes>(logits + index, std::min<int64_t>(lanes, count - index), 0.0f, values[0]);
-    bernoulli_kl<lanes>(values[0], results[0], slopes[0]);
-    store<lanes>(results[0], kl + index);
-    store<lanes>(slopes[0], derivatives + index);
+};
+
+/// The paper's number of latent bits, for which loops over them are unrolled.
+inline constexpr int64_t usual_bits = 16;
+
+/// The KL of each position, and that of each bit times the positions' weights added to `bit_sums`.
+struct SumKL {
+  const float* kl;  ///< [positions, bits], and a vector more
+  int64_t positions, bits;
+  const float* weights;
+  float* position_sums;
+  double* bit_sums;
+
+  template <int lanes>
+  [[gnu::always_inline]] void run() const {
+    bits == usual_bits ? sum<lanes>(usual_bits) : sum<lanes>(bits);
   }
-}
+
+ private:
+  template <int lanes>
+  [[gnu::always_inline]] void sum(int64_t width) const {
+    for (int64_t position = 0; position < positions; ++position) {
+      position_sums[position] = sum_of<lanes>(kl + position * width, width);
+    }
+    for (int64_t bit = 0; bit < width; bit += lanes) {
+      Lanes<lanes> sum = broadcast<lanes>(0.0f), part;
+      for (int64_t position = 0; position < positions; ++position) {
+        load<lanes>(kl + position * width + bit, part);  // and what lies behind the last bit, left out below
+        sum.values += part.values * weights[position];
+      }
+      float sums[size_t{lanes}];
+      store<lanes>(sum, sums);
+      const int64_t count = std::min<int64_t>(lanes, width - bit);
+      for (int64_t lane = 0; lane < count; ++lane) bit_sums[bit + lane] += static_cast<double>(sums[lane]);
+    }
+  }
+
+  template <int lanes>
+  [[gnu::always_inline]] static float sum_of(const float* values, int64_t count) {
+    Lanes<lanes> sum = broadcast<lanes>(0.0f), part;
+    int64_t index = 0;
+    for (; index + lanes <= count; index += lanes) {
+      load<lanes>(values + index, part);
+      sum.values += part.values;
+    }
+    if (index < count) {
+      load_part<lanes>(values + index, count - index, 0.0f, part);
+      sum.values += part.values;
+    }
+    return sum_of_lanes<lanes>(sum);
+  }
+};
+
+/// The derivatives of each position times its factor.
+struct StoreGradients {
+  const float* derivatives;
+  int64_t positions, bits;
+  const float* factors;
+  float* gradients;  ///< may be the derivatives
+
+  template <int lanes>
+  [[gnu::always_inline]] void run() const {
+    bits == usual_bits ? multiply<lanes>(usual_bits) : multiply<lanes>(bits);
+  }
+
+ private:
+  template <int lanes>
+  [[gnu::always_inline]] void multiply(int64_t width) const {
+    for (int64_t position = 0; position < positions; ++position) {
+      const float* const from = derivatives + position * width;
+      float* const to = gradients + position * width;
+      Lanes<lanes> values;
+      int64_t bit = 0;
+      for (; bit + lanes <= width; bit += lanes) {
+        load<lanes>(from + bit, values);
+        values.values *= factors[position];
+        store<lanes>(values, to + bit);
+      }
+      for (; bit < width; ++bit) to[bit] = from[bit] * factors[position];
+    }
+  }
+};
 
 /// Sum over the bits of one position of max(0, KL - budget), whose derivative is 0 below the budget.
 inline float hinge_each_bit(const float* kl, int64_t bits, float budget, float* derivatives) {
@@ -159,114 +248,60 @@ inline float hinge_each_bit(const float* kl, int64_t bits, float budget, float* 
   return static_cast<float>(above);
 }
 
-template <int lanes>
-[[gnu::always_inline]] inline float sum_of(const float* values, int64_t count) {
-  Lanes<lanes> sum = broadcast<lanes>(0.0f), part;
-  int64_t index = 0;
-  for (; index + lanes <= count; index += lanes) {
-    load<lanes>(values + index, part);
-    sum.values += part.values;
-  }
-  if (index < count) {
-    load_part<lanes>(values + index, count - index, 0.0f, part);
-    sum.values += part.values;
-  }
-  return sum_of_lanes<lanes>(sum);
-}
-
-/// Adds the KL of each bit over positions [begin, end), times their weights.
-template <int lanes>
-[[gnu::always_inline]] inline void add_bits(const LatentJob& job, int64_t begin, int64_t end, const float* kl,
-                                            double* bit_sums) {
-  for (int64_t bit = 0; bit < job.bits; bit += lanes) {
-    Lanes<lanes> sum = broadcast<lanes>(0.0f), part;
-    for (int64_t position = begin; position < end; ++position) {
-      const float weight = job.token_weight ? static_cast<float>(job.token_weight[position]) : 1.0f;
-      if (!(weight > 0)) continue;
-      load<lanes>(kl + (position - begin) * job.bits + bit, part);  // and what lies behind the last bit, left out below
-      sum.values += part.values * weight;
-    }
-    float sums[size_t{lanes}];
-    store<lanes>(sum, sums);
-    const int64_t count = std::min<int64_t>(lanes, job.bits - bit);
-    for (int64_t lane = 0; lane < count; ++lane) bit_sums[bit + lane] += static_cast<double>(sums[lane]);
-  }
-}
-
-/// The sums of one position, and its derivatives made its gradient, which is left to be narrowed for half types.
-template <int lanes>
-[[gnu::always_inline]] inline void process_position(const LatentJob& job, int64_t position, const float* kl_of_bits,
-                                                    float* derivatives, float* gradient, LatentSums& sums) {
+/// Adds a position that counts to the sums, and returns the factor of its derivatives.
+inline double hinge_position(const LatentJob& job, int64_t position, float excess, LatentSums& sums) {
   const double weight = job.token_weight ? job.token_weight[position] : 1.0;
-  if (!(weight > 0)) {
-    std::memset(gradient, 0, sizeof(float) * static_cast<size_t>(job.bits));
-    if (job.penalty) job.penalty[position] = 0;
-    return;
-  }
-  const float excess = job.hinge == Hinge::per_bit
-                           ? hinge_each_bit(kl_of_bits, job.bits, static_cast<float>(job.free_bits), derivatives)
-                           : static_cast<float>(sum_of<lanes>(kl_of_bits, job.bits) - job.free_bits);
   const bool passes = job.hinge != Hinge::per_position || !(excess < 0);  // so that a NaN stays visible
   const double penalty = passes ? weight * static_cast<double>(excess) : 0.0;
   sums.penalty += penalty;
   sums.weight += weight;
   sums.active += excess > 0 ? weight : 0;
   if (job.penalty) job.penalty[position] = static_cast<float>(penalty);
-  if (!job.gradient) return;
-  const double factor = passes ? weight * job.scale * (job.upstream ? job.upstream[position] : 1.0) : 0.0;
-  store_products<lanes>(derivatives, job.bits, static_cast<float>(without_payload(factor)), gradient, Element::float32,
-                        0);
+  return passes ? weight * job.scale * (job.upstream ? job.upstream[position] : 1.0) : 0.0;
 }
 
-/// Positions [begin, end) in one instruction set.
-class LatentKernel {
- public:
-  LatentKernel(const LatentJob& job, int64_t begin_, int64_t end_, LatentSums& sums, double* bit_sums_,
-               LatentGroup& group_)
-      : shared_job(job), begin(begin_), end(end_), block_sums(sums), bit_sums(bit_sums_), group(group_) {}
-
-  /// Works on copies of the job and the sums: a vector stored through a pointer might change those of the caller, for all
-  /// that the compiler knows, and they would be read again for each position. For the paper's number of bits the loops over
-  /// them are unrolled.
-  template <int lanes>
-  [[gnu::always_inline]] void run() const {
-    constexpr int64_t usual_bits = 16;
-    LatentJob job = shared_job;
-    LatentSums sums;
-    if (job.bits == usual_bits) {
-      job.bits = usual_bits;  // which the compiler now knows
-      process<lanes>(job, sums);
-    } else {
-      process<lanes>(job, sums);
-    }
-    block_sums = sums;
+/// Positions [begin, end), at most `positions_of_group`.
+inline void process_group(const LatentJob& job, int64_t begin, int64_t end, LatentGroup& group, LatentSums& sums,
+                          double* bit_sums) {
+  const int64_t positions = end - begin, count = positions * job.bits;
+  float *const kl = group.kl.data(), *const derivatives = group.derivatives.data();
+  float weights[size_t{positions_of_group}], kl_of_positions[size_t{positions_of_group}],
+      factors[size_t{positions_of_group}];
+  run_vectorized(BernoulliKL{adjacent_logits(job, begin, end, group.logits.data()), count, kl, derivatives});
+  for (int64_t position = 0; position < positions; ++position) {
+    weights[position] = job.token_weight ? static_cast<float>(job.token_weight[begin + position]) : 1.0f;
+    if (weights[position] > 0) continue;
+    const size_t offset = static_cast<size_t>(position * job.bits), bytes = sizeof(float) * size_t(job.bits);
+    std::memset(kl + offset, 0, bytes);  // whatever it was
+    std::memset(derivatives + offset, 0, bytes);
   }
-
- private:
-  const LatentJob& shared_job;
-  const int64_t begin, end;
-  LatentSums& block_sums;
-  double* const bit_sums;
-  LatentGroup& group;
-
-  template <int lanes>
-  [[gnu::always_inline]] void process(const LatentJob& job, LatentSums& sums) const {
-    float *const kl = group.kl.data(), *const derivatives = group.derivatives.data();
-    const bool is_written_at_once = job.gradient && job.element == Element::float32;
-    for (int64_t first = begin; first < end; first += positions_of_group) {
-      const int64_t last = std::min(end, first + positions_of_group), count = (last - first) * job.bits;
-      bernoulli_kl<lanes>(adjacent_logits<lanes>(job, first, last, group.logits.data()), count, kl, derivatives);
-      add_bits<lanes>(job, first, last, kl, bit_sums);
-      float* const gradients = is_written_at_once ? static_cast<float*>(job.gradient) + first * job.bits : derivatives;
-      for (int64_t position = first; position < last; ++position) {
-        const int64_t offset = (position - first) * job.bits;
-        process_position<lanes>(job, position, kl + offset, derivatives + offset, gradients + offset, sums);
-      }
-      if (job.gradient && !is_written_at_once) {
-        store_products<lanes>(derivatives, count, 1.0f, job.gradient, job.element, first * job.bits);
-      }
-    }
+  run_vectorized(SumKL{kl, positions, job.bits, weights, kl_of_positions, bit_sums});
+  for (int64_t position = 0; position < positions; ++position) {
+    factors[position] = 0;
+    if (job.penalty) job.penalty[begin + position] = 0;
+    if (!(weights[position] > 0)) continue;
+    const int64_t offset = position * job.bits;
+    const float excess =
+        job.hinge == Hinge::per_bit
+            ? hinge_each_bit(kl + offset, job.bits, static_cast<float>(job.free_bits), derivatives + offset)
+            : static_cast<float>(static_cast<double>(kl_of_positions[position]) - job.free_bits);
+    factors[position] = static_cast<float>(without_payload(hinge_position(job, begin + position, excess, sums)));
   }
-};
+  if (!job.gradient) return;
+  const bool is_written_at_once = job.element == Element::float32;
+  float* const gradients = is_written_at_once ? static_cast<float*>(job.gradient) + begin * job.bits : derivatives;
+  run_vectorized(StoreGradients{derivatives, positions, job.bits, factors, gradients});
+  if (!is_written_at_once) store_products(derivatives, count, 1.0f, job.gradient, job.element, begin * job.bits);
+}
+
+/// Positions [begin, end); adds the KL of each bit to `bit_sums`.
+inline LatentSums process_block(const LatentJob& job, int64_t begin, int64_t end, LatentGroup& group,
+                                double* bit_sums) {
+  LatentSums sums;
+  for (int64_t first = begin; first < end; first += positions_of_group) {
+    process_group(job, first, std::min(end, first + positions_of_group), group, sums, bit_sums);
+  }
+  return sums;
+}
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/kernels/vector/instruction_set.hpp"
 #include "free_transformer/detail/kernels/vector/lanes.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
@@ -132,65 +133,55 @@ template <int lanes, int... halves>
 }
 
 /// `count` half numbers as float32. What lies behind the last whole vector is taken through a vector on the stack.
-template <int lanes, bool is_bfloat16>
-[[gnu::always_inline]] inline void widen_halves(const uint16_t* source, int64_t count, float* target) {
-  const auto convert = [](const uint16_t* from, float* to) __attribute__((always_inline)) {
-    typename Lanes<lanes>::Integers bits;
-    load_upper_halves<lanes>(from, bits, std::make_integer_sequence<int, 2 * lanes>{});
-    if constexpr (!is_bfloat16) widen_float16<lanes>(bits);
-    std::memcpy(to, &bits, sizeof(bits));
-  };
-  int64_t index = 0;
-  for (; index + lanes <= count; index += lanes) convert(source + index, target + index);
-  if (index == count) return;
-  uint16_t part[size_t{lanes}] = {};
-  float widened[size_t{lanes}];
-  std::memcpy(part, source + index, sizeof(uint16_t) * static_cast<size_t>(count - index));
-  convert(part, widened);
-  std::memcpy(target + index, widened, sizeof(float) * static_cast<size_t>(count - index));
-}
+struct WidenHalves {
+  const uint16_t* source;
+  Element element;
+  int64_t count;
+  float* target;
 
-/// `count` numbers times a factor as half numbers.
-template <int lanes, bool is_bfloat16>
-[[gnu::always_inline]] inline void narrow_products(const float* source, int64_t count, float factor, uint16_t* target) {
-  const auto convert = [factor](const float* from, uint16_t* to) __attribute__((always_inline)) {
-    typename Lanes<lanes>::Integers bits[2];
-    for (int k = 0; k < 2; ++k) {
-      Lanes<lanes> values;
-      load<lanes>(from + k * lanes, values);
-      values.values *= factor;
-      std::memcpy(&bits[k], &values.values, sizeof(bits[k]));
-      is_bfloat16 ? narrow_bfloat16<lanes>(bits[k]) : narrow_float16<lanes>(bits[k]);
-    }
-    store_upper_halves<lanes>(bits, to, std::make_integer_sequence<int, 2 * lanes>{});
-  };
-  int64_t index = 0;
-  for (; index + 2 * lanes <= count; index += 2 * lanes) convert(source + index, target + index);
-  if (index == count) return;
-  float part[2 * size_t{lanes}] = {};
-  uint16_t narrowed[2 * size_t{lanes}];
-  std::memcpy(part, source + index, sizeof(float) * static_cast<size_t>(count - index));
-  convert(part, narrowed);
-  std::memcpy(target + index, narrowed, sizeof(uint16_t) * static_cast<size_t>(count - index));
-}
+  template <int lanes>
+  [[gnu::always_inline]] void run() const {
+    element == Element::bfloat16 ? widen<lanes, true>() : widen<lanes, false>();
+  }
 
-/// `count` numbers from `first` on as float32: where they lie, or widened into `room`.
-template <int lanes>
-[[gnu::always_inline]] inline const float* widened(const void* source, Element element, int64_t first, int64_t count,
-                                                   float* room) {
-  if (element == Element::float32) return static_cast<const float*>(source) + first;
-  const uint16_t* halves = static_cast<const uint16_t*>(source) + first;
-  element == Element::bfloat16 ? widen_halves<lanes, true>(halves, count, room)
-                               : widen_halves<lanes, false>(halves, count, room);
-  return room;
-}
+ private:
+  template <int lanes, bool is_bfloat16>
+  [[gnu::always_inline]] void widen() const {
+    const auto convert = [](const uint16_t* from, float* to) __attribute__((always_inline)) {
+      typename Lanes<lanes>::Integers bits;
+      load_upper_halves<lanes>(from, bits, std::make_integer_sequence<int, 2 * lanes>{});
+      if constexpr (!is_bfloat16) widen_float16<lanes>(bits);
+      std::memcpy(to, &bits, sizeof(bits));
+    };
+    int64_t index = 0;
+    for (; index + lanes <= count; index += lanes) convert(source + index, target + index);
+    if (index == count) return;
+    uint16_t part[size_t{lanes}] = {};
+    float widened_part[size_t{lanes}];
+    std::memcpy(part, source + index, sizeof(uint16_t) * static_cast<size_t>(count - index));
+    convert(part, widened_part);
+    std::memcpy(target + index, widened_part, sizeof(float) * static_cast<size_t>(count - index));
+  }
+};
 
-/// `count` numbers times a factor, in the element type, from `first` on; `source` may be the target.
-template <int lanes>
-[[gnu::always_inline]] inline void store_products(const float* source, int64_t count, float factor, void* target,
-                                                  Element element, int64_t first) {
-  if (element == Element::float32) {
-    float* products = static_cast<float*>(target) + first;
+/// `count` numbers times a factor, in the element type.
+struct StoreProducts {
+  const float* source;
+  int64_t count;
+  float factor;
+  void* target;
+  Element element;
+
+  template <int lanes>
+  [[gnu::always_inline]] void run() const {
+    if (element == Element::float32) return store_floats<lanes>();
+    element == Element::bfloat16 ? store_halves<lanes, true>() : store_halves<lanes, false>();
+  }
+
+ private:
+  template <int lanes>
+  [[gnu::always_inline]] void store_floats() const {
+    auto* const products = static_cast<float*>(target);
     Lanes<lanes> values;
     int64_t index = 0;
     for (; index + lanes <= count; index += lanes) {
@@ -199,11 +190,46 @@ template <int lanes>
       store<lanes>(values, products + index);
     }
     for (; index < count; ++index) products[index] = source[index] * factor;
-    return;
   }
-  uint16_t* halves = static_cast<uint16_t*>(target) + first;
-  element == Element::bfloat16 ? narrow_products<lanes, true>(source, count, factor, halves)
-                               : narrow_products<lanes, false>(source, count, factor, halves);
+
+  template <int lanes, bool is_bfloat16>
+  [[gnu::always_inline]] void store_halves() const {
+    constexpr int together = 2 * lanes;
+    auto* const products = static_cast<uint16_t*>(target);
+    const auto convert = [](const float* from, float by, uint16_t* to) __attribute__((always_inline)) {
+      typename Lanes<lanes>::Integers bits[2];
+      for (int k = 0; k < 2; ++k) {
+        Lanes<lanes> values;
+        load<lanes>(from + k * lanes, values);
+        values.values *= by;
+        std::memcpy(&bits[k], &values.values, sizeof(bits[k]));
+        is_bfloat16 ? narrow_bfloat16<lanes>(bits[k]) : narrow_float16<lanes>(bits[k]);
+      }
+      store_upper_halves<lanes>(bits, to, std::make_integer_sequence<int, together>{});
+    };
+    int64_t index = 0;
+    for (; index + together <= count; index += together) convert(source + index, factor, products + index);
+    if (index == count) return;
+    float part[size_t{together}] = {};
+    uint16_t narrowed_part[size_t{together}];
+    std::memcpy(part, source + index, sizeof(float) * static_cast<size_t>(count - index));
+    convert(part, factor, narrowed_part);
+    std::memcpy(products + index, narrowed_part, sizeof(uint16_t) * static_cast<size_t>(count - index));
+  }
+};
+
+/// `count` numbers from `first` on as float32: where they lie, or widened into `room`.
+inline const float* widened(const void* source, Element element, int64_t first, int64_t count, float* room) {
+  if (element == Element::float32) return static_cast<const float*>(source) + first;
+  run_vectorized(WidenHalves{static_cast<const uint16_t*>(source) + first, element, count, room});
+  return room;
+}
+
+/// `count` numbers times a factor, in the element type, from `first` on; `source` may be the target.
+inline void store_products(const float* source, int64_t count, float factor, void* target, Element element,
+                           int64_t first) {
+  void* const from_first = static_cast<char*>(target) + first * bytes_of(element);
+  run_vectorized(StoreProducts{source, count, factor, from_first, element});
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

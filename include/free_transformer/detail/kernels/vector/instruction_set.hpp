@@ -28,27 +28,40 @@ inline std::atomic<InstructionSet>& instruction_set() {
   return chosen;
 }
 
+/// float32 numbers in a vector of the instruction set in use.
+inline int64_t lanes_in_use() {
+  switch (instruction_set().load()) {
+    case InstructionSet::avx512:
+      return 16;
+    case InstructionSet::avx2:
+      return 8;
+    default:
+      return 4;
+  }
+}
+
 #if FREE_TRANSFORMER_VECTOR_KERNELS
 #if defined(__x86_64__)
 template <typename Kernel>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void run_with_avx512(const Kernel& kernel) {
-  kernel.template run<16>();
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) auto run_with_avx512(const Kernel kernel) {
+  return kernel.template run<16>();
 }
 
 template <typename Kernel>
-__attribute__((target("avx2,fma"))) void run_with_avx2(const Kernel& kernel) {
-  kernel.template run<8>();
+__attribute__((target("avx2,fma"))) auto run_with_avx2(const Kernel kernel) {
+  return kernel.template run<8>();
 }
 #endif
 
-/// Calls the kernel's always_inline `run<lanes>()` from a function of the instruction set.
+/// Calls the kernel's always_inline `run<lanes>()` from a function of the instruction set. All that is in it is compiled
+/// once for each set: a kernel holds the loops over a stretch of numbers and no more.
 template <typename Kernel>
-void run_vectorized(const Kernel& kernel, [[maybe_unused]] InstructionSet set = instruction_set()) {
+auto run_vectorized(const Kernel kernel, [[maybe_unused]] InstructionSet set = instruction_set()) {
 #if defined(__x86_64__)
   if (set == InstructionSet::avx512) return run_with_avx512(kernel);
   if (set == InstructionSet::avx2) return run_with_avx2(kernel);
 #endif
-  kernel.template run<4>();
+  return kernel.template run<4>();
 }
 #endif
 

@@ -13,6 +13,9 @@
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
+/// Of the widest instruction set.
+inline constexpr int64_t most_lanes = 16;
+
 template <int lanes>
 struct Lanes {
   typedef float Values __attribute__((vector_size(4 * lanes)));
@@ -74,12 +77,13 @@ template <int lanes>
 /// Pairwise sum of the lanes.
 template <int lanes>
 [[gnu::always_inline]] inline float sum_of_lanes(const Lanes<lanes>& values) {
-  float part[size_t{lanes}];
-  store<lanes>(values, part);
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
+  if constexpr (lanes > 4) {
+    Lanes<lanes / 2> halves[2];
+    std::memcpy(&halves, &values, sizeof(values));
+    return sum_of_lanes<lanes / 2>({halves[0].values + halves[1].values});
+  } else {
+    return (values.values[0] + values.values[2]) + (values.values[1] + values.values[3]);
   }
-  return part[0];
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels
