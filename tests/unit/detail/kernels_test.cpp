@@ -157,72 +157,6 @@ TEST_CASE("A kernel reads and writes nothing beside its rows, wherever they star
   }
 }
 
-TEST_CASE("Sixteen lanes give what the operations give, on processors without AVX-512, too", "[kernels][memcheck]") {
-  for (const auto type : kernel_types) {
-    for (const int64_t columns : {3, 16, 533, 1024}) {
-      INFO(type << ", " << columns << " columns");
-      const Tensor logits = eighths({4, columns}, type), targets = some_targets(4, columns);
-      const Tensor gradient = torch::empty_like(logits), results = torch::empty({3, 4});
-      const kernels::RowOffsets offsets(logits);
-      kernels::CrossEntropyJob job{};
-      job.logits = logits.data_ptr();
-      job.element = kernels::element_of(type);
-      job.logit_rows = job.gradient_rows = &offsets;
-      job.columns = columns;
-      job.weights = {targets.data_ptr<int64_t>(), /*ignore_index=*/-100, /*token_weight=*/nullptr};
-      job.class_weight_sum = static_cast<double>(columns);
-      job.gradient = gradient.data_ptr();
-      job.likelihood_scale = 0.25;
-      job.nll = results.data_ptr<float>();
-      job.likelihood_loss = job.nll + 4;
-      job.log_sum_exp = job.nll + 8;
-      kernels::CrossEntropyScratch scratch(job);
-      kernels::CrossEntropySums sums;
-      kernels::CrossEntropyKernel{job, 0, 4, scratch, sums}.run<16>();
-      const auto expected = by_operations({logits, targets, {}, {}});
-      CHECK(difference(results[1], expected.loss, steps * epsilon(torch::kFloat)) == "");
-      CHECK(difference(gradient, expected.gradient, steps * epsilon(torch::kFloat)) == "");
-      CHECK(difference(torch::tensor(sums.nll), expected.loss.sum().unsqueeze(0), steps * epsilon(torch::kFloat)) ==
-            "");
-    }
-  }
-}
-
-TEST_CASE("Sixteen lanes give what eight give for the latent KL, too", "[kernels][kl][memcheck]") {
-  constexpr int64_t positions = 70;
-  for (const auto type : kernel_types) {
-    for (const int64_t bits : {5, 16, 21}) {
-      INFO(type << ", " << bits << " bits");
-      const Tensor z = eighths({positions, bits}, type) / 4;
-      const kernels::RowOffsets offsets(z);
-      const auto run = [&](auto process) {
-        const Tensor gradient = torch::empty_like(z), penalty = torch::empty({positions});
-        kernels::LatentJob job{};
-        job.z_logits = z.data_ptr();
-        job.element = kernels::element_of(type);
-        job.z_rows = &offsets;
-        job.bits = bits;
-        job.hinge = kernels::Hinge::per_position;
-        job.free_bits = 0.5;
-        job.gradient = gradient.data_ptr();
-        job.scale = 0.25;
-        job.penalty = penalty.data_ptr<float>();
-        kernels::LatentSums sums;
-        std::vector<double> bit_sums(static_cast<size_t>(bits));
-        kernels::LatentGroup group(bits);
-        process(kernels::LatentKernel{job, 0, positions, sums, bit_sums.data(), group});
-        return std::vector<Tensor>{penalty, gradient, torch::tensor(bit_sums), torch::tensor(sums.active)};
-      };
-      const auto eight = run([](const kernels::LatentKernel& kernel) { kernel.run<8>(); });
-      const auto sixteen = run([](const kernels::LatentKernel& kernel) { kernel.run<16>(); });
-      CHECK(eight[3].item<double>() > 0);
-      for (size_t index = 0; index < eight.size(); ++index) {
-        CHECK(difference(sixteen[index], eight[index], steps * epsilon(torch::kFloat), 0.5, 2) == "");
-      }
-    }
-  }
-}
-
 TEST_CASE("A kernel keeps special values as the equations have them", "[kernels]") {
   const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
   for (const auto set : available_instruction_sets()) {
@@ -279,18 +213,17 @@ TEST_CASE("Half types are loaded exactly and stored to the nearest, as LibTorch 
     // halfway cases, overflow and subnormal results among them
     const Tensor wide = torch::cat({expected, expected * 1.00048828125f, expected * 0.75f, expected * 1e-6f});
     const Tensor rounded = wide.to(type).to(torch::kFloat);
-    const auto check = [&](auto lanes) {
+    for (const auto set : available_instruction_sets()) {
+      const Forced forced(set);
       for (const int64_t odd : {0, 1, 3}) {  // and a rest that is no whole vector
         Tensor found = torch::empty_like(expected), stored = torch::empty(wide.sizes(), type);
-        kernels::widened<lanes()>(all.data_ptr(), kernels::element_of(type), odd, 65536 - odd, found.data_ptr<float>());
+        kernels::widened(all.data_ptr(), kernels::element_of(type), odd, 65536 - odd, found.data_ptr<float>());
         check_same_numbers(found.slice(0, 0, 65536 - odd), expected.slice(0, odd));
-        kernels::store_products<lanes()>(wide.data_ptr<float>(), wide.numel() - odd, 1.0f, stored.data_ptr(),
-                                         kernels::element_of(type), odd);
+        kernels::store_products(wide.data_ptr<float>(), wide.numel() - odd, 1.0f, stored.data_ptr(),
+                                kernels::element_of(type), odd);
         check_same_numbers(stored.to(torch::kFloat).slice(0, odd), rounded.slice(0, 0, wide.numel() - odd));
       }
-    };
-    check(std::integral_constant<int, 4>());
-    check(std::integral_constant<int, 8>());
+    }
   }
 }
 

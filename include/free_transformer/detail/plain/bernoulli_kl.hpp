@@ -2,11 +2,11 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <c10/util/intrusive_ptr.h>
 
 #include <cmath>
 
-#include "free_transformer/detail/autograd/optional_tensor.hpp"
+#include "free_transformer/detail/autograd/graph_node.hpp"
 #include "free_transformer/detail/compilation.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
@@ -74,21 +74,22 @@ inline at::Tensor bernoulli_kl_prior_gradient(const at::Tensor& logits, const at
 
 /// The KL of each bit for a graph of any order: its gradient is again made of differentiable operations, and smooth at
 /// 0.
-struct BernoulliKLFunction : torch::autograd::Function<BernoulliKLFunction> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& logits,
-                            const OptionalTensor& prior_logits) {
-    const at::Tensor prior = prior_logits.value_or(at::Tensor());
-    context->save_for_backward({logits, prior});
-    return bernoulli_kl(logits, prior);
+struct DifferentiableKL final : GraphOperation {
+  Tensors node_forward(Context& context, const Tensors& inputs) override {
+    context.save_for_backward({inputs[0], inputs[1]});
+    return {bernoulli_kl(inputs[0], inputs[1])};
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 const torch::autograd::variable_list& upstream) {
-    const auto saved = context->get_saved_variables();
+  Tensors node_backward(Context& context, const Tensors& upstream) override {
+    const auto saved = context.get_saved_variables();
     at::Tensor prior_gradient;
     if (saved[1].defined()) prior_gradient = upstream[0] * bernoulli_kl_prior_gradient(saved[0], saved[1]);
     return {upstream[0] * bernoulli_kl_gradient(saved[0], saved[1]), prior_gradient};
   }
 };
+
+inline at::Tensor differentiable_bernoulli_kl(const at::Tensor& logits, const at::Tensor& prior_logits) {
+  return apply_in_graph(c10::make_intrusive<DifferentiableKL>(), logits, prior_logits)[0];
+}
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain

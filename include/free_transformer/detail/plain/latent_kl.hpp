@@ -148,8 +148,7 @@ at::Tensor differentiable_latent_loss(const at::Tensor& z_logits, const LatentSe
   if (settings.prior_logits.defined()) {
     prior = positions.counted(settings.prior_logits.to(wide).reshape({-1, bits}).expand({z.size(0), bits}));
   }
-  const at::Tensor penalty =
-      FreeBits::penalty(BernoulliKLFunction::apply(z, optional_tensor(prior)), mean_kl, settings.free_bits);
+  const at::Tensor penalty = FreeBits::penalty(differentiable_bernoulli_kl(z, prior), mean_kl, settings.free_bits);
   return positions.weighted(penalty * scale).sum();
 }
 

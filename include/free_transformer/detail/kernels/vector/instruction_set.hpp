@@ -5,6 +5,11 @@
 
 #include "free_transformer/detail/compilation.hpp"
 
+// float32 numbers in a vector of the baseline. Tests make it 16, to run on any processor what AVX-512 runs.
+#if !defined(FREE_TRANSFORMER_BASELINE_LANES)
+#define FREE_TRANSFORMER_BASELINE_LANES 4
+#endif
+
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// In rising order; baseline is what the compiler assumes anyway: SSE2 on x86-64, NEON on 64-bit Arm.
@@ -36,7 +41,7 @@ inline int64_t lanes_in_use() {
     case InstructionSet::avx2:
       return 8;
     default:
-      return 4;
+      return FREE_TRANSFORMER_BASELINE_LANES;
   }
 }
 
@@ -61,7 +66,7 @@ auto run_vectorized(const Kernel kernel, [[maybe_unused]] InstructionSet set = i
   if (set == InstructionSet::avx512) return run_with_avx512(kernel);
   if (set == InstructionSet::avx2) return run_with_avx2(kernel);
 #endif
-  return kernel.template run<4>();
+  return kernel.template run<FREE_TRANSFORMER_BASELINE_LANES>();
 }
 #endif
 
