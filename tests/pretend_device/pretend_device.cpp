@@ -16,6 +16,7 @@
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #endif
 
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -210,6 +211,42 @@ at::Tensor reshape_alias(const at::Tensor& tensor, at::IntArrayRef sizes, at::In
   return at::native::_reshape_alias(tensor, sizes, strides);
 }
 
+/// Products of half types as a GPU makes them, in float32 and rounded once: not every LibTorch's CPU has them.
+at::Tensor wide(const at::Tensor& tensor) {
+  const at::Tensor here = on_cpu(tensor);
+  return here.scalar_type() == at::kDouble ? here : here.to(at::kFloat);
+}
+
+at::Tensor& mm_out(const at::Tensor& left, const at::Tensor& right, at::Tensor& result) {
+  const Operation operation("aten::mm.out");
+  on_cpu(result).copy_(at::mm(wide(left), wide(right)));
+  return result;
+}
+
+at::Tensor& addmm_out(const at::Tensor& added, const at::Tensor& left, const at::Tensor& right, const at::Scalar& beta,
+                      const at::Scalar& alpha, at::Tensor& result) {
+  const Operation operation("aten::addmm.out");
+  on_cpu(result).copy_(at::addmm(wide(added), wide(left), wide(right), beta, alpha));
+  return result;
+}
+
+#if TORCH_VERSION_MAJOR >= 2
+at::Tensor& mm_dtype_out(const at::Tensor& left, const at::Tensor& right, at::ScalarType type, at::Tensor& result) {
+  TORCH_CHECK(result.scalar_type() == type, "pretend device: the result of mm must be ", type);
+  const Operation operation("aten::mm.dtype_out");
+  on_cpu(result).copy_(at::mm(wide(left), wide(right)));
+  return result;
+}
+
+at::Tensor& addmm_dtype_out(const at::Tensor& added, const at::Tensor& left, const at::Tensor& right,
+                            at::ScalarType type, const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& result) {
+  TORCH_CHECK(result.scalar_type() == type, "pretend device: the result of addmm must be ", type);
+  const Operation operation("aten::addmm.dtype_out");
+  on_cpu(result).copy_(at::addmm(wide(added), wide(left), wide(right), beta, alpha));
+  return result;
+}
+#endif
+
 void by_cpu(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
   const auto& name = handle.operator_name();
   const Operation operation(name.overload_name.empty() ? name.name : name.name + "." + name.overload_name);
@@ -229,6 +266,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_copy_from", TORCH_FN(copy_from));
   library.impl("_copy_from_and_resize", TORCH_FN(copy_from_and_resize));
   library.impl("resize_", TORCH_FN(resize));
+  library.impl("mm.out", TORCH_FN(mm_out));
+  library.impl("addmm.out", TORCH_FN(addmm_out));
   library.impl("view", TORCH_FN(view));
   library.impl("as_strided", TORCH_FN(as_strided));
   library.impl("_reshape_alias", TORCH_FN(reshape_alias));
@@ -244,6 +283,19 @@ std::vector<std::string> take_operations() {
   const std::lock_guard<std::mutex> lock(operations_mutex);
   return std::exchange(operations, {});
 }
+
+#if TORCH_VERSION_MAJOR >= 2
+std::shared_ptr<void> with_float_products() {
+  if (!c10::Dispatcher::singleton().findSchema({"aten::addmm", "dtype_out"})) return {};
+  auto library = std::make_shared<torch::Library>(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__,
+                                                  static_cast<uint32_t>(__LINE__));
+  library->impl("mm.dtype_out", TORCH_FN(mm_dtype_out));
+  library->impl("addmm.dtype_out", TORCH_FN(addmm_dtype_out));
+  return library;
+}
+#else
+std::shared_ptr<void> with_float_products() { return {}; }
+#endif
 
 bool is_out_of_reach(const at::Tensor& tensor) {
   int ends[2];

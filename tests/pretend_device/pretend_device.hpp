@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,10 @@ std::vector<std::string> take_operations();
 
 /// The name of a copy to the CPU among them: what the host must wait for.
 inline constexpr const char* copy_to_host = "copy to the host";
+
+/// As long as the result lives, the device multiplies half matrices to a float32 one, as CUDA does in new LibTorches;
+/// null if this LibTorch has no such operation.
+std::shared_ptr<void> with_float_products();
 
 /// True if reading the tensor's memory as the host's would end the program, as it would on a GPU.
 bool is_out_of_reach(const at::Tensor& tensor);

@@ -43,6 +43,7 @@ inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const Cro
   auto completed =
       plain::cross_entropy_positions(settings, logits.size(-1), arithmetic_type(logits.scalar_type()), Normalization());
   completed.scales = positions.scales;
+  completed.has_weights = true;
   return plain::cross_entropy_rows(logits, settings, completed, gradient, upstream, wanted);
 }
 
@@ -69,25 +70,36 @@ inline at::Tensor losses_of_rows(const CrossEntropyRows& rows, const CrossEntrop
 }
 
 /// The final value, by scales that were known before the sums.
-inline at::Tensor reduced_loss(const at::Tensor& sums, const at::Tensor& scales, at::ScalarType type) {
+inline at::Tensor reduced_loss(const at::Tensor& sums, const at::Tensor& scales, bool has_z_loss, at::ScalarType type) {
   if (!sums.device().is_cpu()) {
-    return (sums[likelihood_loss_sum] * scales[scale_of_likelihood] + sums[z_loss_sum] * scales[scale_of_z]).to(type);
+    const at::Tensor sum = sums[likelihood_loss_sum], scale = scales[scale_of_likelihood];
+    if (has_z_loss) return (sum * scale + sums[z_loss_sum] * scales[scale_of_z]).to(type);
+    at::Tensor loss = at::empty({}, sums.options().dtype(type));
+    return at::mul_out(loss, sum, scale);
   }
   const double *sum = sums.data_ptr<double>(), *scale = scales.data_ptr<double>();
   const double loss = sum[likelihood_loss_sum] * scale[scale_of_likelihood] + sum[z_loss_sum] * scale[scale_of_z];
   return at::scalar_tensor(loss, sums.options().dtype(type));
 }
 
+/// The loss that is made of the rows.
+inline LossAndSums loss_of_rows(const CrossEntropyOfRows& of, const at::Tensor& logits,
+                                const CrossEntropySettings& settings, const CrossEntropyPositions& positions,
+                                ReductionKind reduction) {
+  if (reduction == ReductionKind::none) {
+    return {losses_of_rows(of.rows, settings, positions).reshape(shape_of_positions(logits)), of.sums};
+  }
+  if (of.loss.defined()) return {of.loss, of.sums};
+  return {reduced_loss(of.sums, positions.scales, settings.z_loss > 0, arithmetic_type(logits.scalar_type())), of.sums};
+}
+
 /// The loss, and the gradient of a reduced one if `gradient` is defined.
 inline LossAndSums cross_entropy_forward(const at::Tensor& logits, const CrossEntropySettings& settings,
                                          const CrossEntropyPositions& positions, ReductionKind reduction,
                                          bool count_hits, const at::Tensor& gradient) {
-  const bool for_each = reduction == ReductionKind::none;
-  const auto [rows, sums, loss] = cross_entropy_rows(logits, settings, positions, gradient, /*upstream=*/{},
-                                                     {/*sums=*/true, for_each, /*prediction=*/count_hits});
-  if (for_each) return {losses_of_rows(rows, settings, positions).reshape(shape_of_positions(logits)), sums};
-  if (loss.defined()) return {loss, sums};
-  return {reduced_loss(sums, positions.scales, arithmetic_type(logits.scalar_type())), sums};
+  const WantedOfRows wanted{/*sums=*/true, reduction == ReductionKind::none, /*prediction=*/count_hits};
+  return loss_of_rows(cross_entropy_rows(logits, settings, positions, gradient, /*upstream=*/{}, wanted), logits,
+                      settings, positions, reduction);
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

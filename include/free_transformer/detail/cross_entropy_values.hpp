@@ -7,6 +7,7 @@
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/cross_entropy.hpp"
 #include "free_transformer/detail/linear_head/blocks.hpp"
+#include "free_transformer/detail/linear_head/device_blocks.hpp"
 #include "free_transformer/detail/plain/cross_entropy.hpp"
 #include "free_transformer/detail/settings.hpp"
 
@@ -39,8 +40,11 @@ inline CrossEntropyValues linear_cross_entropy_values(const LinearInputs& inputs
                                                       const CrossEntropySettings& settings) {
   const auto positions = plain::cross_entropy_positions(settings, inputs.classes(),
                                                         arithmetic_type(inputs.hidden.scalar_type()), Normalization());
-  return values_of_rows(linear_rows(inputs, settings, positions, /*upstream=*/{}, {}, everything_of_rows).rows,
-                        settings, positions);
+  const CrossEntropyRows rows =
+      inputs.hidden.device().is_cpu()
+          ? linear_rows(inputs, settings, positions, /*upstream=*/{}, {}, everything_of_rows).rows
+          : device_linear_rows(inputs, settings, positions, /*upstream=*/{}, {}, everything_of_rows).rows;
+  return values_of_rows(rows, settings, positions);
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

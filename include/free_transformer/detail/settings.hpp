@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "free_transformer/detail/compilation.hpp"
@@ -27,12 +28,17 @@ struct CrossEntropySettings {
   bool has_probabilities() const { return targets.is_floating_point(); }
 };
 
-/// A copy that the caller cannot change under the graph. Class probabilities are too large for one: they are watched.
-inline CrossEntropySettings kept_settings(CrossEntropySettings settings) {
-  if (!settings.has_probabilities()) settings.targets = settings.targets.clone();
+/// A copy that the caller cannot change under the graph, but for the targets.
+inline CrossEntropySettings kept_weights(CrossEntropySettings settings) {
   if (settings.token_weight.defined()) settings.token_weight = settings.token_weight.clone();
   if (settings.class_weight.defined()) settings.class_weight = settings.class_weight.clone();
   return settings;
+}
+
+/// The same with the targets. Class probabilities are too large for a copy: they are watched.
+inline CrossEntropySettings kept_settings(CrossEntropySettings settings) {
+  if (!settings.has_probabilities()) settings.targets = settings.targets.clone();
+  return kept_weights(std::move(settings));
 }
 
 /// The fused head's operands.
@@ -45,6 +51,13 @@ struct LinearInputs {
   int64_t classes() const { return weight.size(0); }
 };
 
+/// Which of its gradients are wanted.
+struct WantedOfHead {
+  bool hidden = false, weight = false, bias = false;
+
+  bool any() const { return hidden || weight || bias; }
+};
+
 /// A reduced loss, and what it was made of: see `ReconstructionSum` and `LatentSum`.
 struct LossAndSums {
   at::Tensor loss, sums;
@@ -55,6 +68,7 @@ struct WantedOfRows {
   bool sums = false;
   bool each = false;                         ///< the first three of `CrossEntropyRows`
   bool prediction = false, entropy = false;  ///< the prediction also makes the sums count hits
+  bool unscaled_gradient = false;            ///< softmax minus one-hot, see `plain::takes_few_operations`
 };
 
 /// What a forward pass says of each position, [N] in the type of arithmetic; 0 where the position does not count.
@@ -85,6 +99,7 @@ struct CrossEntropyPositions {
   at::Tensor token_weight;   ///< u, 0 where left out; NaN where the target is out of range
   at::Tensor class_index;    ///< the target, some class where there is none; undefined for probabilities
   at::Tensor target_weight;  ///< w_y; undefined for 1
+  bool has_weights = true;   ///< false: u is 0 or 1, and a target out of range makes the scales NaN
 };
 
 /// Factors of every position's loss on its way to the final value, and the weights that they come from.

@@ -2,7 +2,8 @@
 ///
 /// The gradient is finished in the forward pass, while a row is in the cache; backward hands it out, times what comes
 /// from upstream. Saved then: the logits and their gradient. A second backward computes it anew, as does the first with
-/// a gradient of its own for each position (kNone), and on other devices for half types and by the kernels.
+/// a gradient of its own for each position (kNone), and on other devices for half types and by the kernels. LibTorch's
+/// operations on another device leave its factor to backward, where upstream is part of it.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -30,10 +31,13 @@ class CrossEntropyPass final : public LossPass {
 
   LossAndSums forward(const Tensors& inputs, bool needs_gradient) override {
     const at::Tensor& logits = inputs[0];
+    const bool wants_gradient = needs_gradient && normalization_.reduction != ReductionKind::none;
+    if (wants_gradient && plain::takes_few_operations(logits, settings_, {})) {
+      if (!device::takes_cross_entropy(logits, settings_)) return forward_in_few_operations(logits);
+    }
     if (needs_gradient) settings_ = kept_settings(std::move(settings_));
     positions_ = cross_entropy_positions(logits, settings_, normalization_);
-    if (needs_gradient && normalization_.reduction != ReductionKind::none &&
-        finishes_gradient_in_forward(logits, settings_)) {
+    if (wants_gradient && finishes_gradient_in_forward(logits, settings_)) {
       gradient_ = kernels::empty_on_large_pages(logits.sizes(), logits.options());
     }
     return cross_entropy_forward(logits, settings_, positions_, normalization_.reduction, count_hits_, gradient_);
@@ -45,17 +49,36 @@ class CrossEntropyPass final : public LossPass {
     const at::Tensor flat = upstream.dim() == 0 ? upstream.to(type) : upstream.reshape({-1}).to(type);
     const at::Tensor value = gradient(logits, flat);
     if (!at::GradMode::is_enabled()) return {value};
-    const at::Tensor expression =
-        plain::differentiable_cross_entropy_gradient(logits, settings_, positions_.scales, flat);
+    const at::Tensor expression = plain::differentiable_cross_entropy_gradient(logits, settings_, positions_, flat);
     return {value + (expression - expression.detach())};
   }
 
   std::vector<at::Tensor*> saved_tensors() override { return tensors_of(settings_, positions_); }
 
  private:
+  /// The class indices are a copy of the targets already, and all that backward wants of them.
+  LossAndSums forward_in_few_operations(const at::Tensor& logits) {
+    const auto type = arithmetic_type(logits.scalar_type());
+    settings_ = kept_weights(std::move(settings_));
+    positions_ = plain::cross_entropy_positions(settings_, logits.size(-1), type, normalization_);
+    settings_.targets = positions_.class_index;
+    softmax_ = at::empty(logits.sizes(), logits.options().dtype(type));
+    WantedOfRows wanted{/*sums=*/true, /*each=*/false, /*prediction=*/count_hits_};
+    wanted.unscaled_gradient = true;
+    return loss_of_rows(plain::cross_entropy_rows(logits, settings_, positions_, softmax_, /*upstream=*/{}, wanted),
+                        logits, settings_, positions_, normalization_.reduction);
+  }
+
   /// For an upstream that is 0-dim or [N].
   at::Tensor gradient(const at::Tensor& logits, const at::Tensor& upstream) {
     const at::NoGradGuard no_grad;
+    if (const at::Tensor softmax = std::exchange(softmax_, at::Tensor()); softmax.defined()) {
+      const bool is_own = softmax.scalar_type() == logits.scalar_type();
+      const at::Tensor result = is_own ? softmax : at::empty(logits.sizes(), logits.options());
+      const auto rows = [&](const at::Tensor& all) { return all.view({-1, logits.size(-1)}); };
+      plain::finish_gradient(rows(softmax), positions_, plain::gradient_factor(positions_, upstream), rows(result));
+      return result;
+    }
     if (gradient_.defined()) {
       const at::Tensor finished = std::exchange(gradient_, at::Tensor());
       if (is_one_on_host(upstream)) return finished;
@@ -63,7 +86,12 @@ class CrossEntropyPass final : public LossPass {
       if (finished.scalar_type() == upstream.scalar_type()) return finished.mul_(upstream);
     }
     const at::Tensor fresh = kernels::empty_on_large_pages(logits.sizes(), logits.options());
-    cross_entropy_rows(logits, settings_, positions_, fresh, upstream.expand({settings_.targets.size(0)}), {});
+    const at::Tensor of_each = upstream.expand({settings_.targets.size(0)});
+    if (positions_.class_index.defined()) {  // the settings may have lost which targets are ignored
+      plain::cross_entropy_rows(logits, settings_, positions_, fresh, of_each, {});
+    } else {
+      cross_entropy_rows(logits, settings_, positions_, fresh, of_each, {});
+    }
     return fresh;
   }
 
@@ -72,6 +100,7 @@ class CrossEntropyPass final : public LossPass {
   bool count_hits_;
   CrossEntropyPositions positions_;
   at::Tensor gradient_;  ///< what forward has finished, until backward hands it out
+  at::Tensor softmax_;   ///< minus one-hot, [..., V] in the type of arithmetic: what backward is to finish
 };
 
 /// Over the logits if that is asked for and possible, else into fresh memory.

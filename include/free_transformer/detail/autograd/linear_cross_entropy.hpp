@@ -17,6 +17,8 @@
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/cross_entropy.hpp"
 #include "free_transformer/detail/linear_head/blocks.hpp"
+#include "free_transformer/detail/linear_head/device_blocks.hpp"
+#include "free_transformer/detail/linear_head/device_gradients.hpp"
 #include "free_transformer/detail/linear_head/gradients.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/plain/cross_entropy.hpp"
@@ -45,16 +47,16 @@ class LinearLossPass final : public LossPass {
     const bool for_each = normalization_.reduction == ReductionKind::none;
     WantedOfHead wanted;
     if (needs_gradient && !for_each) wanted = wanted_gradients(inputs);
-    LinearRows of_blocks = linear_rows(inputs, settings_, positions_, /*upstream=*/{}, wanted,
-                                       {/*sums=*/false, /*each=*/true, /*prediction=*/count_hits_});
-    gradients_ = std::move(of_blocks.gradients);
+    const CrossEntropyRows rows =
+        walk(inputs, /*upstream=*/{}, wanted, {/*sums=*/false, /*each=*/true, /*prediction=*/count_hits_});
     has_gradients_ = wanted.any();
-    const at::Tensor sums = plain::reconstruction_sums(of_blocks.rows, settings_, positions_);
+    const at::Tensor sums = plain::reconstruction_sums(rows, settings_, positions_);
     if (for_each) {
-      const at::Tensor losses = losses_of_rows(of_blocks.rows, settings_, positions_);
+      const at::Tensor losses = losses_of_rows(rows, settings_, positions_);
       return {losses.reshape(shape_of_positions(inputs.hidden)), sums};
     }
-    return {reduced_loss(sums, positions_.scales, arithmetic_type(inputs.hidden.scalar_type())), sums};
+    return {reduced_loss(sums, positions_.scales, settings_.z_loss > 0, arithmetic_type(inputs.hidden.scalar_type())),
+            sums};
   }
 
   Tensors backward(const Tensors& tensors, const at::Tensor& upstream) override {
@@ -64,21 +66,36 @@ class LinearLossPass final : public LossPass {
     const LinearInputs inputs = as_inputs(tensors);
     const auto type = arithmetic_type(inputs.hidden.scalar_type());
     const at::Tensor flat = (upstream.dim() == 0 ? upstream : upstream.reshape({-1})).to(type);
-    if (std::exchange(has_gradients_, false)) {
-      LinearGradients finished = std::exchange(gradients_, LinearGradients());
-      if (!is_one_on_host(flat)) finished.multiply(flat);
-      return in_own_types(std::move(finished), inputs);
+    const bool is_cpu = inputs.hidden.device().is_cpu(), is_one_for_all = flat.dim() == 0;
+    if (!std::exchange(has_gradients_, false)) {
+      const at::Tensor of_each =
+          is_cpu || !is_one_for_all ? flat.expand({settings_.targets.size(0)}) : at::Tensor();  // or left for the end
+      walk(inputs, of_each, wanted_gradients(inputs), {/*sums=*/false});
+      if (is_cpu) return in_own_types(std::exchange(gradients_, {}), inputs);
     }
-    const at::Tensor of_each = flat.expand({settings_.targets.size(0)});
-    return in_own_types(
-        linear_rows(inputs, settings_, positions_, of_each, wanted_gradients(inputs), {/*sums=*/false}).gradients,
-        inputs);
+    if (!is_cpu) return device_gradients_.finished(inputs, is_one_for_all ? flat : at::Tensor());
+    LinearGradients finished = std::exchange(gradients_, {});
+    if (!is_one_on_host(flat)) finished.multiply(flat);
+    return in_own_types(std::move(finished), inputs);
   }
 
   std::vector<at::Tensor*> saved_tensors() override { return tensors_of(settings_, positions_); }
 
  private:
   LinearInputs as_inputs(const Tensors& tensors) const { return {tensors[0], tensors[1], tensors[2], block_bytes_}; }
+
+  /// All blocks, which leave their gradients with this pass.
+  CrossEntropyRows walk(const LinearInputs& inputs, const at::Tensor& upstream, const WantedOfHead& gradients,
+                        const WantedOfRows& wanted) {
+    if (inputs.hidden.device().is_cpu()) {
+      LinearRows of_blocks = linear_rows(inputs, settings_, positions_, upstream, gradients, wanted);
+      gradients_ = std::move(of_blocks.gradients);
+      return std::move(of_blocks.rows);
+    }
+    DeviceLinearRows of_blocks = device_linear_rows(inputs, settings_, positions_, upstream, gradients, wanted);
+    device_gradients_ = std::move(of_blocks.gradients);
+    return std::move(of_blocks.rows);
+  }
 
   static WantedOfHead wanted_gradients(const LinearInputs& inputs) {
     return {inputs.hidden.requires_grad(), inputs.weight.requires_grad(),
@@ -102,6 +119,7 @@ class LinearLossPass final : public LossPass {
   int64_t block_bytes_;
   CrossEntropyPositions positions_;
   LinearGradients gradients_;  ///< what forward has finished, until backward hands it out
+  DeviceGradients device_gradients_;
   bool has_gradients_ = false;
 };
 

@@ -1,5 +1,5 @@
-/// Cross entropy of hidden weight^T + bias, one block of tokens after another: the logits of a block are made in a
-/// buffer, turned into their gradient there, and multiplied on into the gradients of the operands.
+/// Cross entropy of hidden weight^T + bias on the CPU, one block of tokens after another: the logits of a block are made
+/// in a buffer, turned into their gradient there, and multiplied on into the gradients of the operands.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -19,13 +19,6 @@
 #include "free_transformer/detail/settings.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
-
-/// Which gradients are wanted.
-struct WantedOfHead {
-  bool hidden = false, weight = false, bias = false;
-
-  bool any() const { return hidden || weight || bias; }
-};
 
 struct LinearRows {
   CrossEntropyRows rows;
@@ -66,15 +59,12 @@ inline LinearRows rows_of_blocks(const LinearInputs& inputs, const at::Tensor& h
   return result;
 }
 
-/// The same for the positions that count alone: the others' rows and gradients are 0 without a product. On other devices
-/// than the CPU all are computed, as the number of those that count is not known there without a stall.
+/// The same for the positions that count alone: the others' rows and gradients are 0 without a product.
 inline LinearRows linear_rows(const LinearInputs& inputs, const CrossEntropySettings& settings,
                               const CrossEntropyPositions& positions, const at::Tensor& upstream,
                               const WantedOfHead& gradients, const WantedOfRows& wanted) {
   const at::Tensor hidden = inputs.hidden.detach().reshape({-1, inputs.hidden.size(-1)});
-  const at::Tensor index = hidden.device().is_cpu() && positions.left_out.defined()
-                               ? (positions.left_out == 0).nonzero().squeeze(1)
-                               : at::Tensor();
+  const at::Tensor index = positions.left_out.defined() ? (positions.left_out == 0).nonzero().squeeze(1) : at::Tensor();
   if (!index.defined() || index.size(0) == hidden.size(0)) {
     return rows_of_blocks(inputs, hidden, settings, positions, upstream, gradients, wanted);
   }

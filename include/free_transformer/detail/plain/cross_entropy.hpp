@@ -12,6 +12,7 @@
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
+#include "free_transformer/detail/plain/softmax_minus_target.hpp"
 #include "free_transformer/detail/positions.hpp"
 #include "free_transformer/detail/settings.hpp"
 
@@ -21,6 +22,17 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 inline at::Tensor without_left_out(const at::Tensor& values, const CrossEntropyPositions& positions) {
   if (!positions.left_out.defined()) return values;
   return values.masked_fill(values.dim() == 2 ? positions.left_out.unsqueeze(1) : positions.left_out, 0);
+}
+
+/// The scales of a mean over positions that each weigh 0 or 1, on a device: their number, at least 1, divides.
+inline at::Tensor scales_of_counts(const at::Tensor& token_weight) {
+  const at::Tensor scales =
+      at::empty({reconstruction_scale_count}, token_weight.options().dtype(widest_type(token_weight.device())));
+  at::Tensor factors = scales.narrow(0, scale_of_likelihood, 2), weights = scales.narrow(0, weight_of_likelihood, 2);
+  at::sum_out(weights, token_weight.expand({2, token_weight.size(0)}), -1, /*keepdim=*/false, scales.scalar_type());
+  at::clamp_min_out(factors, weights, 1);
+  factors.reciprocal_();
+  return scales;
 }
 
 /// See `ReconstructionScale`.
@@ -47,13 +59,20 @@ inline CrossEntropyPositions cross_entropy_positions(const CrossEntropySettings&
     if (settings.class_weight.defined()) {
       positions.target_weight = settings.class_weight.index_select(0, positions.class_index);
     }
-    // Reading the targets would stall a device's stream, so a wrong one must show in the result: cos(log 1) = 1 and
-    // cos(log 0) is a NaN that LibTorch makes, as under -ffast-math this unit has none.
-    at::Tensor weight = (positions.class_index == targets).to(type).log_().cos_();
+    // Reading the targets would stall a device's stream, so a wrong one must show in the result: 0/0 is a NaN that
+    // LibTorch makes, as under -ffast-math this unit has none.
+    const at::Tensor is_in_range = positions.class_index == targets;
+    at::Tensor weight = at::empty(targets.sizes(), targets.options().dtype(type));
+    at::div_out(weight, is_in_range, is_in_range);
     if (settings.token_weight.defined()) weight.mul_(settings.token_weight);
     positions.token_weight = weight.masked_fill_(positions.left_out, 0);
+    const bool is_mean =
+        normalization.reduction == ReductionKind::mean && !normalization.number && !normalization.tensor.defined();
+    positions.has_weights =
+        targets.device().is_cpu() || settings.token_weight.defined() || !has_no_options(settings) || !is_mean;
   }
-  positions.scales = reconstruction_scales(positions, normalization);
+  positions.scales = positions.has_weights ? reconstruction_scales(positions, normalization)
+                                           : scales_of_counts(positions.token_weight);
   return positions;
 }
 
@@ -200,9 +219,13 @@ inline at::Tensor gradient_of_block(const PivotedSoftmax& of, const at::Tensor& 
   return gradient;
 }
 
-/// sum_c weight of each position, without those that are left out.
+/// sum_t u_t value_t. Without weights the values are 0 where a position is left out.
 inline at::Tensor weighted_sum(const at::Tensor& values, const CrossEntropyPositions& positions) {
-  return ordered_sum(without_left_out(positions.token_weight * values, positions), widest_type(values.device()));
+  const auto wide = widest_type(values.device());
+  if (!positions.has_weights) return ordered_sum(values, wide);
+  const at::Tensor weighted = positions.token_weight * values;
+  if (positions.left_out.defined()) weighted.masked_fill_(positions.left_out, 0);
+  return ordered_sum(weighted, wide);
 }
 
 /// True where the most likely class is the target, or the most likely class of the target's probabilities.
@@ -244,11 +267,46 @@ inline CrossEntropyRows joined(const std::vector<CrossEntropyRows>& blocks, cons
           join(&CrossEntropyRows::prediction), join(&CrossEntropyRows::entropy)};
 }
 
+/// See `cross_entropy_rows`, for those that take few operations. An unscaled gradient is in the type of arithmetic.
+inline CrossEntropyRows all_rows_in_few_operations(const at::Tensor& logits, const CrossEntropyPositions& positions,
+                                                   const at::Tensor& gradient, const at::Tensor& upstream,
+                                                   const WantedOfRows& wanted) {
+  const auto type = arithmetic_type(logits.scalar_type());
+  const bool is_written_at_once = gradient.defined() && gradient.scalar_type() == type && !gradient.is_same(logits);
+  const bool is_finished = gradient.defined() && !wanted.unscaled_gradient;
+  at::Tensor rows_of_gradient, factor;
+  if (gradient.defined()) rows_of_gradient = gradient.view({-1, logits.size(-1)});
+  if (is_finished) factor = gradient_factor(positions, upstream);
+  std::vector<CrossEntropyRows> blocks;
+  for_each_row_block(logits, 0, [&](const at::Tensor& block, int64_t first) {
+    const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
+    at::Tensor softmax;
+    if (is_written_at_once) softmax = part(rows_of_gradient);
+    if (gradient.defined() && !is_written_at_once) softmax = at::empty(block.sizes(), block.options().dtype(type));
+    blocks.push_back(rows_in_few_operations(block, part(positions.class_index), softmax, wanted));
+    if (is_finished) {
+      finish_gradient(softmax, part_of(positions, part), factor.dim() == 0 ? factor : part(factor),
+                      part(rows_of_gradient));
+    }
+  });
+  CrossEntropyRows rows = joined(blocks, logits.options().dtype(type));
+  rows.nll.masked_fill_(positions.left_out, 0);
+  rows.likelihood_loss = rows.nll;
+  if (rows.prediction.defined()) rows.prediction = without_left_out(rows.prediction, positions);
+  return rows;
+}
+
 /// All rows, and their gradient if `gradient` is defined: contiguous, of the logits' shape and type; it may be the
 /// logits. upstream is [N] in the type of arithmetic and multiplies the scales, or undefined.
 inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
                                              const CrossEntropyPositions& positions, const at::Tensor& gradient,
                                              const at::Tensor& upstream, const WantedOfRows& wanted) {
+  if (takes_few_operations(logits, settings, wanted)) {
+    CrossEntropyOfRows result;
+    result.rows = all_rows_in_few_operations(logits, positions, gradient, upstream, wanted);
+    if (wanted.sums) result.sums = reconstruction_sums(result.rows, settings, positions);
+    return result;
+  }
   const auto type = arithmetic_type(logits.scalar_type());
   const bool is_written_at_once = gradient.defined() && gradient.scalar_type() == type && !gradient.is_same(logits);
   at::Tensor likelihood, z, gradient_rows;  // what the parts of each position's loss are multiplied by
@@ -294,14 +352,16 @@ inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const Cro
 }
 
 /// The same gradient as a differentiable expression of logits and upstream ([N] or 0-dim), for a backward through the
-/// backward, with the scales of the loss. It holds several tensors of the logits' size.
+/// backward. It holds several tensors of the logits' size.
 inline at::Tensor differentiable_cross_entropy_gradient(const at::Tensor& logits, const CrossEntropySettings& settings,
-                                                        const at::Tensor& wide_scales, const at::Tensor& upstream) {
+                                                        const CrossEntropyPositions& known,
+                                                        const at::Tensor& upstream) {
   const int64_t classes = logits.size(-1);
   const auto type = arithmetic_type(logits.scalar_type());
   const auto column = [](const at::Tensor& values) { return values.unsqueeze(1); };
-  const auto positions = cross_entropy_positions(settings, classes, type, Normalization());
-  const at::Tensor weighted = upstream * positions.token_weight, scales = wide_scales.to(type);
+  const bool is_complete = known.token_weight.defined();  // kernels leave the scales alone
+  const auto positions = is_complete ? known : cross_entropy_positions(settings, classes, type, Normalization());
+  const at::Tensor weighted = upstream * positions.token_weight, scales = known.scales.to(type);
   const at::Tensor likelihood = weighted * scales[scale_of_likelihood];
   at::Tensor x = without_left_out(logits.reshape({-1, classes}).to(type), positions);
   at::Tensor cap_derivative;
