@@ -336,12 +336,137 @@ TEST_CASE("Statistics of tokens on a device are those of the CPU", "[device]") {
   }
 }
 
+TEST_CASE("The fused head on a device takes a mix of types, each gradient in its own", "[device]") {
+  const std::vector<torch::ScalarType> below_float64{torch::kFloat, torch::kHalf, torch::kBFloat16};
+  for (const auto of_hidden : below_float64) {
+    for (const auto of_weight : below_float64) {
+      INFO(of_hidden << " hidden, " << of_weight << " weight");
+      const std::vector<Tensor> inputs{leaf(on_device(hidden().to(of_hidden))),
+                                       leaf(on_device(head_weight().to(of_weight))),
+                                       leaf(on_device(head_bias().to(of_hidden)))};
+      const Tensor beside = on_device(targets);
+      const Tensor loss = compute_reconstruction_loss(LinearLogits(inputs[0], inputs[1], inputs[2]), beside);
+      const auto gradients = without_waiting([&] { return torch::autograd::grad({loss}, inputs); });
+      std::vector<Tensor> leaves;
+      for (const Tensor& input : inputs) leaves.push_back(leaf(on_host(input).to(torch::kDouble)));
+      const Tensor expected = compute_reconstruction_loss(LinearLogits(leaves[0], leaves[1], leaves[2]), targets);
+      const auto expected_gradients = torch::autograd::grad({expected}, leaves);
+      CHECK(difference(on_host(loss), expected, steps_of_head(of_weight), 19) == "");
+      for (size_t index = 0; index < inputs.size(); ++index) {
+        CHECK(gradients[index].scalar_type() == inputs[index].scalar_type());
+        CHECK(difference(on_host(gradients[index]), expected_gradients[index],
+                         std::max(steps_of_head(of_weight), steps_of_head(of_hidden)), 1, 2) == "");
+      }
+    }
+  }
+}
+
+TEST_CASE("An ignored position reaches no gradient of the fused head on a device, whatever its hidden state",
+          "[device]") {
+  for (const auto type : all_types) {
+    for (const bool has_options : {false, true}) {
+      INFO(type << ", options " << has_options);
+      Tensor wrong = hidden(), zero = hidden();  // target 7 stands at these two
+      for (const auto& position : {std::pair<int64_t, int64_t>{0, 2}, {1, 1}}) {
+        wrong[position.first][position.second].fill_(position.first == 0 ? not_a_number : reference::inf);
+        zero[position.first][position.second].fill_(0);
+      }
+      auto options = ReconstructionLossOptions().ignore_index(7);
+      if (has_options) options.z_loss(0.0078125);
+      const Tensor beside = on_device(targets);
+      const auto results = [&](const Tensor& states) {
+        const std::vector<Tensor> inputs{leaf(on_device(states.to(type))), leaf(on_device(head_weight().to(type))),
+                                         leaf(on_device(head_bias().to(type)))};
+        const Tensor loss = compute_reconstruction_loss(LinearLogits(inputs[0], inputs[1], inputs[2]), beside, options);
+        auto all = torch::autograd::grad({loss}, inputs);
+        all.push_back(loss);
+        return all;
+      };
+      const auto found = results(wrong), expected = results(zero);
+      for (size_t index = 0; index < found.size(); ++index) {
+        CHECK(same_bits(on_host(found[index]), on_host(expected[index])));
+      }
+      CHECK(on_host(found[0])[0][2].eq(0).all().item<bool>());
+      CHECK(on_host(found[0])[1][1].eq(0).all().item<bool>());
+    }
+  }
+}
+
+TEST_CASE("A confident head on a device keeps the relative accuracy of loss and gradient", "[device]") {
+  // Logits 24, 0 and 4, and then the same with 2^20 added to each: exp(-24) + exp(-20) is what is left to the others.
+  const double others = std::exp(-24.0) + std::exp(-20.0), left = others / (1 + others);
+  for (const auto type : {torch::kFloat, torch::kDouble}) {
+    for (const double offset : {0.0, 1048576.0}) {
+      const std::vector<Tensor> inputs{leaf(on_device(torch::ones({1, 1}, type))),
+                                       leaf(on_device(tensor(std::vector<double>{24, 0, 4}, {3, 1}, type) + offset))};
+      const Tensor loss = compute_reconstruction_loss(LinearLogits(inputs[0], inputs[1]),
+                                                      on_device(tensor(std::vector<int64_t>{0}, {1})));
+      const Tensor of_weight = on_host(torch::autograd::grad({loss}, inputs)[1]);
+      // An exponential of 24 is off by 24 half steps, and a dozen follow.
+      CHECK(difference(on_host(loss), {std::log1p(others)}, 24 * epsilon(type)) == "");
+      CHECK(difference(of_weight.select(0, 0), {-left}, 24 * epsilon(type)) == "");
+    }
+  }
+}
+
+TEST_CASE("Sums of float16 gradients beyond the type's largest number are none on the way", "[device]") {
+  // 4096 tokens, each of which moves the weights of the target by 63/64 hidden, and a mean that divides by their number.
+  constexpr int64_t tokens = 4096, all_classes = 64;
+  for (const int64_t blocks : {1, 3}) {
+    const std::vector<Tensor> inputs{leaf(on_device(torch::full({tokens, 8}, 32, torch::kHalf))),
+                                     leaf(on_device(torch::zeros({all_classes, 8}, torch::kHalf)))};
+    const auto head = LinearLogits(inputs[0], inputs[1]).block_bytes((tokens + blocks - 1) / blocks * all_classes * 4);
+    const Tensor loss = compute_reconstruction_loss(head, on_device(torch::zeros({tokens}, torch::kLong)));
+    const Tensor of_weight = on_host(torch::autograd::grad({loss}, inputs)[1]);
+    CHECK(difference(of_weight.select(0, 0), std::vector<double>(8, -31.5), 2 * epsilon(torch::kHalf)) == "");
+    CHECK(difference(of_weight.select(0, 1), std::vector<double>(8, 0.5), 2 * epsilon(torch::kHalf)) == "");
+  }
+}
+
+TEST_CASE("Where half matrices have a float32 product the fused head loses nothing to its logits' type", "[device]") {
+  const auto products = pretend_device::with_float_products();
+  if (products == nullptr) return;  // not in this LibTorch
+  for (const auto type : {torch::kHalf, torch::kBFloat16}) {
+    const Tensor states = hidden().to(type), weight = head_weight().to(type), bias = head_bias().to(type);
+    const Tensor beside = on_device(targets);
+    std::vector<std::string> operations;
+    const auto loss_of = [&](int64_t tokens) {
+      const std::vector<Tensor> inputs{leaf(on_device(states)), leaf(on_device(weight)), leaf(on_device(bias))};
+      const auto head = LinearLogits(inputs[0], inputs[1], inputs[2]).block_bytes(bytes_of(tokens, type));
+      const Tensor loss = compute_reconstruction_loss(head, beside);
+      pretend_device::take_operations();
+      torch::autograd::grad({loss}, inputs);
+      return on_host(loss);
+    };
+    const Tensor exact = compute_reconstruction_loss(
+        LinearLogits(states.to(torch::kDouble), weight.to(torch::kDouble), bias.to(torch::kDouble)), targets);
+    CHECK(difference(loss_of(0), exact, steps(classes + width + 6, type), 19) == "");
+    pretend_device::take_operations();
+    CHECK(difference(loss_of(2), exact, steps(classes + width + 6, type), 19) == "");
+  }
+}
+
+TEST_CASE("A device's blocks have thousands of tokens where the classes are few enough", "[device]") {
+  const auto tokens = [](int64_t all_classes, int64_t positions, int64_t block_bytes) {
+    const free_transformer::detail::LinearInputs inputs{
+        {}, torch::empty({all_classes, 1}, torch::kBFloat16), {}, block_bytes};
+    return free_transformer::detail::tokens_of_device_block(inputs, positions);
+  };
+  CHECK(tokens(32768, 8192, 0) == 8192);
+  CHECK(tokens(128256, 8192, 0) == 2048);        // four alike, where 2092 would leave 1916 for the last
+  CHECK(tokens(1 << 20, 8192, 0) == 1024);       // however many the classes are
+  CHECK(tokens(128256, 8192, 128256 * 4) == 1);  // what the user sets
+  CHECK(tokens(128256, 8192, int64_t{1} << 40) == 8192);
+  CHECK(tokens(128256, 0, 0) == 1);
+}
+
 // Each bound is what is counted today, on LibTorch 1.13 and 2.15 alike, with the ones that a backward starts from. The
-// aim of issue 12 is 30 for cross entropy, 20 for the KL, and for the fused head 12 a block and 30 beside, for every type.
+// aim of issue 12 is 30 for cross entropy, 20 for the KL, and for the fused head 12 a block and 30 beside. Half types
+// have their logits converted: 31. The KL's two forms and the sums of the metrics are more than 20.
 
 TEST_CASE("Dense cross entropy takes so many operations", "[device][count]") {
   const std::map<torch::ScalarType, size_t> bounds{
-      {torch::kDouble, 47}, {torch::kFloat, 49}, {torch::kHalf, 67}, {torch::kBFloat16, 67}};
+      {torch::kDouble, 30}, {torch::kFloat, 30}, {torch::kHalf, 31}, {torch::kBFloat16, 31}};
   for (const auto& [type, bound] : bounds) {
     INFO(type);
     const Tensor input = leaf(on_device(logits.to(type))), beside = on_device(targets);
@@ -352,9 +477,25 @@ TEST_CASE("Dense cross entropy takes so many operations", "[device][count]") {
   }
 }
 
+TEST_CASE("Dense cross entropy moves one pass more than F::cross_entropy", "[device][count]") {
+  constexpr int64_t tokens = 32, all_classes = 4096;
+  const Tensor input = leaf(on_device(eighths({tokens, all_classes}, torch::kFloat)));
+  const Tensor beside = on_device(torch::arange(tokens));
+  const auto bytes_of_element = [&](const auto& loss) {
+    pretend_device::take_bytes();
+    gradient(loss(), input);
+    return static_cast<double>(pretend_device::take_bytes()) / static_cast<double>(input.numel());
+  };
+  const double eager = bytes_of_element([&] { return torch::nn::functional::cross_entropy(input, beside); });
+  const double ours = bytes_of_element([&] { return compute_reconstruction_loss(input, beside); });
+  std::cout << "bytes an element: F::cross_entropy " << eager << ", this " << ours << std::endl;
+  CHECK(std::abs(eager - 36) < 0.1);  // the bytes of single numbers a row are what is left over
+  CHECK(ours <= eager + 4 + 0.1);
+}
+
 TEST_CASE("The KL takes so many operations", "[device][count]") {
   const std::map<torch::ScalarType, size_t> bounds{
-      {torch::kDouble, 72}, {torch::kFloat, 76}, {torch::kHalf, 128}, {torch::kBFloat16, 128}};
+      {torch::kDouble, 30}, {torch::kFloat, 27}, {torch::kHalf, 27}, {torch::kBFloat16, 27}};
   for (const auto& [type, bound] : bounds) {
     INFO(type);
     const Tensor z = leaf(on_device(eighths({2, 3, bits_of_latent}, type)));
@@ -369,9 +510,8 @@ TEST_CASE("The fused head takes so many operations a block, and beside", "[devic
   struct Bounds {
     size_t of_block, beside;
   };
-  // Of half types a block takes six of these for each part of 2^17 numbers of the weight, of which there are two at least.
   const std::map<torch::ScalarType, Bounds> bounds{
-      {torch::kDouble, {36, 28}}, {torch::kFloat, {37, 29}}, {torch::kHalf, {47, 35}}, {torch::kBFloat16, {47, 35}}};
+      {torch::kDouble, {10, 28}}, {torch::kFloat, {10, 28}}, {torch::kHalf, {12, 30}}, {torch::kBFloat16, {12, 30}}};
   for (const auto& [type, bound] : bounds) {
     INFO(type);
     const std::vector<Tensor> inputs{leaf(on_device(hidden().to(type))), leaf(on_device(head_weight().to(type))),

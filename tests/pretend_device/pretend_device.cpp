@@ -134,6 +134,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 std::mutex operations_mutex;
 std::vector<std::string> operations;
+int64_t moved_bytes = 0;
 
 /// True while an operation of this thread is at work: what it calls is part of it.
 thread_local bool is_within_operation = false;
@@ -148,6 +149,12 @@ class Operation {
     operations.push_back(name);
   }
   ~Operation() { is_within_operation = was_within_; }
+
+  void moves(int64_t count) const {
+    if (was_within_) return;
+    const std::lock_guard<std::mutex> lock(operations_mutex);
+    moved_bytes += count;
+  }
   Operation(const Operation&) = delete;
   Operation& operator=(const Operation&) = delete;
 
@@ -155,6 +162,39 @@ class Operation {
   const bool was_within_;
   std::optional<Memory::Reach> reach_;
 };
+
+/// Of the memory that a tensor stands for: an expanded dimension is there once.
+int64_t bytes_of(const at::Tensor& tensor) {
+  if (!tensor.defined() || tensor.is_cpu()) return 0;
+  int64_t elements = 1;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) elements *= tensor.stride(dim) == 0 ? 1 : tensor.size(dim);
+  return elements * static_cast<int64_t>(tensor.itemsize());
+}
+
+bool begins_with(const std::string& name, const char* front) { return name.rfind(front, 0) == 0; }
+
+/// What an operation moves of one of its arguments.
+int64_t bytes_of_argument(const std::string& name, const c10::Argument& argument, const at::Tensor& tensor) {
+  const bool is_written = argument.alias_info() && argument.alias_info()->isWrite();
+  const std::string base = name.substr(0, name.find('.'));
+  const bool is_inplace = base.back() == '_' && base != "aten::fill_" && base != "aten::zero_";
+  int64_t times = is_written && is_inplace ? 2 : 1;
+  const bool is_softmax = begins_with(name, "aten::_softmax.") || begins_with(name, "aten::_log_softmax.");
+  if (is_softmax && !is_written) times = 3;
+  if (begins_with(name, "aten::_log_softmax_backward_data") && argument.name() == "grad_output") times = 2;
+  return times * bytes_of(tensor);
+}
+
+/// What an operation moves that picks or places one number for each index.
+std::optional<int64_t> bytes_of_picked(const std::string& name, const torch::jit::Stack& arguments) {
+  if (begins_with(name, "aten::gather") || begins_with(name, "aten::scatter")) {
+    const at::Tensor& index = arguments[2].toTensor();
+    return bytes_of(index) + 2 * index.numel() * static_cast<int64_t>(arguments[0].toTensor().itemsize());
+  }
+  if (begins_with(name, "aten::nll_loss_forward")) return bytes_of(arguments[1].toTensor());
+  if (begins_with(name, "aten::nll_loss_backward")) return bytes_of(arguments[1].toTensor());  // zeroes are written
+  return {};
+}
 
 /// The same memory as a tensor of the CPU.
 at::Tensor on_cpu(const at::Tensor& tensor) {
@@ -177,6 +217,7 @@ at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, Optiona
 
 at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool /*non_blocking*/) {
   const Operation operation(target.is_cpu() ? copy_to_host : "aten::_copy_from");
+  operation.moves(bytes_of(source) + bytes_of(target));
   on_cpu(target).copy_(on_cpu(source));
   return target;
 }
@@ -219,6 +260,7 @@ at::Tensor wide(const at::Tensor& tensor) {
 
 at::Tensor& mm_out(const at::Tensor& left, const at::Tensor& right, at::Tensor& result) {
   const Operation operation("aten::mm.out");
+  operation.moves(bytes_of(left) + bytes_of(right) + bytes_of(result));
   on_cpu(result).copy_(at::mm(wide(left), wide(right)));
   return result;
 }
@@ -226,6 +268,7 @@ at::Tensor& mm_out(const at::Tensor& left, const at::Tensor& right, at::Tensor& 
 at::Tensor& addmm_out(const at::Tensor& added, const at::Tensor& left, const at::Tensor& right, const at::Scalar& beta,
                       const at::Scalar& alpha, at::Tensor& result) {
   const Operation operation("aten::addmm.out");
+  operation.moves(bytes_of(added) + bytes_of(left) + bytes_of(right) + bytes_of(result));
   on_cpu(result).copy_(at::addmm(wide(added), wide(left), wide(right), beta, alpha));
   return result;
 }
@@ -234,6 +277,7 @@ at::Tensor& addmm_out(const at::Tensor& added, const at::Tensor& left, const at:
 at::Tensor& mm_dtype_out(const at::Tensor& left, const at::Tensor& right, at::ScalarType type, at::Tensor& result) {
   TORCH_CHECK(result.scalar_type() == type, "pretend device: the result of mm must be ", type);
   const Operation operation("aten::mm.dtype_out");
+  operation.moves(bytes_of(left) + bytes_of(right) + bytes_of(result));
   on_cpu(result).copy_(at::mm(wide(left), wide(right)));
   return result;
 }
@@ -242,6 +286,7 @@ at::Tensor& addmm_dtype_out(const at::Tensor& added, const at::Tensor& left, con
                             at::ScalarType type, const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& result) {
   TORCH_CHECK(result.scalar_type() == type, "pretend device: the result of addmm must be ", type);
   const Operation operation("aten::addmm.dtype_out");
+  operation.moves(bytes_of(added) + bytes_of(left) + bytes_of(right) + bytes_of(result));
   on_cpu(result).copy_(at::addmm(wide(added), wide(left), wide(right), beta, alpha));
   return result;
 }
@@ -249,8 +294,21 @@ at::Tensor& addmm_dtype_out(const at::Tensor& added, const at::Tensor& left, con
 
 void by_cpu(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
   const auto& name = handle.operator_name();
-  const Operation operation(name.overload_name.empty() ? name.name : name.name + "." + name.overload_name);
+  const std::string full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
+  const Operation operation(full);
+  const auto& schema = handle.schema();
+  const size_t count = schema.arguments().size();
+  const torch::jit::Stack arguments(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
   at::native::cpu_fallback(handle, stack);
+  if (const auto picked = bytes_of_picked(full, arguments)) return operation.moves(*picked);
+  for (size_t index = 0; index < count; ++index) {
+    if (!arguments[index].isTensor()) continue;
+    operation.moves(bytes_of_argument(full, schema.arguments()[index], arguments[index].toTensor()));
+  }
+  for (size_t index = 0; index < schema.returns().size(); ++index) {  // fresh results; others were arguments
+    const auto& value = (*stack)[stack->size() - schema.returns().size() + index];
+    if (value.isTensor() && !schema.returns()[index].alias_info()) operation.moves(bytes_of(value.toTensor()));
+  }
 }
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
@@ -296,6 +354,11 @@ std::shared_ptr<void> with_float_products() {
 #else
 std::shared_ptr<void> with_float_products() { return {}; }
 #endif
+
+int64_t take_bytes() {
+  const std::lock_guard<std::mutex> lock(operations_mutex);
+  return std::exchange(moved_bytes, 0);
+}
 
 bool is_out_of_reach(const at::Tensor& tensor) {
   int ends[2];

@@ -18,6 +18,11 @@ at::Device device();
 /// its own for each device. Views and empty tensors are none, a copy is one.
 std::vector<std::string> take_operations();
 
+/// The bytes that they have read and written, as LibTorch's CUDA kernels do for long rows: a softmax reads them for the
+/// largest, for the sum and for the result, the gradient of a logarithmic softmax reads what comes from above twice.
+/// What picks a number of each row, or places one, moves these alone.
+int64_t take_bytes();
+
 /// The name of a copy to the CPU among them: what the host must wait for.
 inline constexpr const char* copy_to_host = "copy to the host";
 

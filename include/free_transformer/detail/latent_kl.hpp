@@ -8,6 +8,7 @@
 #include "free_transformer/detail/kernels/hinge.hpp"
 #include "free_transformer/detail/kernels/latent_kl.hpp"
 #include "free_transformer/detail/normalization.hpp"
+#include "free_transformer/detail/plain/hinged_kl.hpp"
 #include "free_transformer/detail/plain/latent_kl.hpp"
 #include "free_transformer/detail/settings.hpp"
 
@@ -28,6 +29,9 @@ LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& setting
         return *rows;
       }
     }
+    if (plain::takes_few_operations(z_logits, settings)) {
+      return plain::latent_rows_in_few_operations(hinge, z_logits, settings, normalization, scale, upstream, wanted);
+    }
   }
   return plain::latent_rows<FreeBits>(z_logits, settings, normalization, scale, upstream, wanted);
 }
@@ -35,7 +39,10 @@ LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& setting
 /// The final value.
 inline at::Tensor reduced_loss(const LatentRows& rows, at::ScalarType type) {
   if (rows.loss.defined()) return rows.loss;
-  if (!rows.scale.device().is_cpu()) return (rows.sums[penalty_sum] * rows.scale).to(type);
+  if (!rows.scale.device().is_cpu()) {
+    at::Tensor loss = at::empty({}, rows.sums.options().dtype(type));
+    return at::mul_out(loss, rows.sums[penalty_sum], rows.scale);
+  }
   return at::scalar_tensor(rows.sums.data_ptr<double>()[penalty_sum] * host_value(rows.scale),
                            rows.sums.options().dtype(type));
 }

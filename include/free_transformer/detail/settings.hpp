@@ -149,6 +149,7 @@ struct LatentSettings {
 /// What is to be computed of the latent term beside its sums.
 struct WantedOfLatents {
   bool penalty = false, gradient = false, prior_gradient = false;
+  bool unscaled_gradient = false;  ///< instead of the gradient, by whoever can leave its scale to backward
 };
 
 struct LatentRows {
@@ -158,6 +159,7 @@ struct LatentRows {
   at::Tensor penalty;   ///< [N] in the type of arithmetic, weighted; this and the following undefined if not asked for
   at::Tensor gradient;  ///< of the shape and type of z_logits
   at::Tensor prior_gradient;
+  at::Tensor unscaled_gradient{};  ///< [N, latent_dim] in the widest type, before scale and upstream
 };
 
 /// The sums over positions that the latent loss and `LossMetrics` are made of; the KL of each bit follows after them.

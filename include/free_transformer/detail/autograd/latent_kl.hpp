@@ -3,7 +3,7 @@
 /// The gradients are finished in the forward pass; backward hands them out, times what comes from upstream. Saved for
 /// backward: the latent logits, those of the prior, the weights, and those gradients. A second backward computes them
 /// anew, as does the first with a gradient of its own for each position (kNone), and for half types on other devices
-/// than the CPU.
+/// than the CPU. LibTorch's operations there leave the scale to backward.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -40,16 +40,22 @@ class LatentPass final : public LossPass {
     auto wanted =
         wanted_gradients(inputs, needs_gradient && !for_each && (z_logits.device().is_cpu() || !is_rounded(inputs)));
     wanted.penalty = for_each;
+    wanted.unscaled_gradient = needs_gradient && !for_each && !z_logits.device().is_cpu() && z_logits.requires_grad();
     LatentRows rows = latent_rows<FreeBits>(z_logits, settings, normalization_, /*scale=*/{}, /*upstream=*/{}, wanted);
     normalization_.tensor.reset();
     scale_ = rows.scale;
     gradients_ = {std::move(rows.gradient), std::move(rows.prior_gradient)};
+    unscaled_gradient_ = std::move(rows.unscaled_gradient);
     sums_ = rows.sums;
     if (for_each) return {rows.penalty.reshape(shape_of_positions(z_logits)), rows.sums};
     return {reduced_loss(rows, type), rows.sums};
   }
 
   Tensors backward(const Tensors& inputs, const at::Tensor& upstream) override {
+    const at::Tensor unscaled = std::exchange(unscaled_gradient_, at::Tensor());
+    if (unscaled.defined() && !at::GradMode::is_enabled()) {
+      return {plain::scaled_gradient(unscaled, upstream * scale_, inputs[0]), at::Tensor()};
+    }
     const at::Tensor wide = upstream.to(scale_.scalar_type());
     const at::Tensor flat = wide.dim() == 0 ? wide : wide.reshape({-1});
     if (at::GradMode::is_enabled()) return gradients_with_graph(inputs, flat);
@@ -116,6 +122,7 @@ class LatentPass final : public LossPass {
   Normalization normalization_;
   at::Tensor scale_, sums_;
   Tensors gradients_;  ///< what forward has finished, until backward hands it out
+  at::Tensor unscaled_gradient_;
 };
 
 template <typename FreeBits>

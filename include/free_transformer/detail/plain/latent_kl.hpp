@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "free_transformer/detail/arithmetic.hpp"
@@ -59,81 +60,130 @@ inline at::Tensor mean_kl(const at::Tensor& sums) {
   return sums.slice(0, latent_sum_count).sum() / sums[latent_weight_sum];
 }
 
+/// Two walks over blocks of positions: the sums of each bit's KL, as a policy may look at their mean, and then what the
+/// policy makes of them.
+template <typename FreeBits>
+class LatentWalks {
+ public:
+  LatentWalks(const at::Tensor& z_logits, const LatentSettings& settings, const at::Tensor& upstream,
+              const WantedOfLatents& wanted)
+      : z_logits_(z_logits.detach()),
+        settings_(settings),
+        positions_(settings),
+        upstream_(upstream),
+        wanted_(wanted),
+        bits_(z_logits.size(-1)),
+        rows_(z_logits.numel() / bits_),
+        wide_(widest_type(z_logits.device())) {}
+
+  LatentRows run(const Normalization& normalization, const at::Tensor& scale) {
+    sum_bits();
+    result_.scale = scale.defined() ? scale : loss_scale(normalization, weight_, weight_);
+    if (wanted_.penalty) result_.penalty = at::zeros({rows_}, options(arithmetic_type(z_logits_.scalar_type())));
+    if (wanted_.gradient) result_.gradient = at::empty(z_logits_.sizes(), z_logits_.options());
+    penalty_sums_ = {at::zeros({2}, options(wide_))};
+    for_each_block([&](const Block& block) { add(block); });
+    const at::Tensor sums = ordered_sum(at::stack(penalty_sums_, 1), wide_);
+    result_.sums = at::cat({sums.narrow(0, 0, 1), weight_.reshape({1}), sums.narrow(0, 1, 1), bit_sums_});
+    if (wanted_.prior_gradient) result_.prior_gradient = prior_gradient();
+    return std::move(result_);
+  }
+
+ private:
+  struct Block {
+    at::Tensor kl, z, prior;  ///< [n, bits]
+    LatentPositions positions;
+    int64_t first;
+
+    at::Tensor part(const at::Tensor& all) const { return all.narrow(0, first, kl.size(0)); }
+  };
+
+  at::TensorOptions options(at::ScalarType type) const { return z_logits_.options().dtype(type); }
+
+  template <typename Visit>
+  void for_each_block(const Visit& visit) {
+    for_each_row_block(z_logits_, 0, [&](const at::Tensor& rows, int64_t first) {
+      const auto positions = positions_.narrowed(first, rows.size(0));
+      const at::Tensor z = rows.to(wide_), prior = prior_of_block(settings_.prior_logits, first, rows.size(0));
+      const at::Tensor kl = only_kl_.defined() ? only_kl_ : positions.counted(bernoulli_kl(z, prior));
+      if (rows.numel() == z_logits_.numel()) only_kl_ = kl;
+      visit(Block{kl, z, prior, positions, first});
+    });
+  }
+
+  void sum_bits() {
+    std::vector<at::Tensor> sums{at::zeros({bits_}, options(wide_))};
+    for_each_block(
+        [&](const Block& block) { sums.push_back(ordered_sum(block.positions.weighted(block.kl).t(), wide_)); });
+    bit_sums_ = ordered_sum(at::stack(sums, 1), wide_);
+    weight_ = settings_.token_weight.defined() ? ordered_sum(settings_.token_weight, wide_)
+                                               : at::full({}, rows_, options(wide_));
+    mean_ = bit_sums_.sum() / weight_;
+    above_any_budget_ = at::zeros_like(mean_).reciprocal();
+  }
+
+  /// The policy's penalties, and d loss / d KL of each bit if a gradient is wanted.
+  std::pair<at::Tensor, at::Tensor> penalty_and_gate(const Block& block) const {
+    if (!wanted_.gradient && !wanted_.prior_gradient) {
+      return {FreeBits::penalty(block.kl, mean_, settings_.free_bits), at::Tensor()};
+    }
+    const at::AutoGradMode with_graph(true);
+    const at::Tensor leaf = block.kl.detach().requires_grad_();
+    const at::Tensor penalty = FreeBits::penalty(leaf, mean_, settings_.free_bits);
+    const at::Tensor factor =
+        upstream_.defined() ? block.part(upstream_) * result_.scale : result_.scale.expand({block.kl.size(0)});
+    const at::Tensor gate = torch::autograd::grad({penalty}, {leaf}, {block.positions.weighted(factor)})[0];
+    return {penalty.detach(), gate};
+  }
+
+  void add(const Block& block) {
+    const auto [penalty, gate] = penalty_and_gate(block);
+    const LatentPositions& positions = block.positions;
+    const at::Tensor weighted = positions.weighted(penalty);
+    const at::Tensor is_active = FreeBits::penalty(block.kl, above_any_budget_, settings_.free_bits) > 0;
+    penalty_sums_.push_back(ordered_sum(at::stack({weighted, positions.weighted(is_active.to(wide_))}), wide_));
+    if (wanted_.penalty) block.part(result_.penalty).copy_(weighted);
+    if (wanted_.gradient) {
+      const at::Tensor gradient = positions.counted(gate * bernoulli_kl_gradient(block.z, block.prior));
+      block.part(result_.gradient.view({-1, bits_})).copy_(gradient);
+    }
+    if (wanted_.prior_gradient) {
+      const at::Tensor gradient = positions.counted(gate * bernoulli_kl_prior_gradient(block.z, block.prior));
+      prior_gradients_.push_back(settings_.prior_logits.dim() == 1 ? ordered_sum(gradient.t(), wide_) : gradient);
+    }
+  }
+
+  /// A prior for all positions gets their sum, one for each its own.
+  at::Tensor prior_gradient() {
+    const at::Tensor& prior = settings_.prior_logits;
+    const bool is_one_for_all = prior.dim() == 1;
+    prior_gradients_.push_back(
+        at::zeros(is_one_for_all ? at::IntArrayRef{bits_} : at::IntArrayRef{0, bits_}, options(wide_)));
+    const at::Tensor gradient =
+        is_one_for_all ? ordered_sum(at::stack(prior_gradients_, 1), wide_) : at::cat(prior_gradients_);
+    return gradient.reshape(prior.sizes()).to(prior.scalar_type());
+  }
+
+  const at::Tensor z_logits_;
+  const LatentSettings& settings_;
+  const LatentPositions positions_;
+  const at::Tensor& upstream_;
+  const WantedOfLatents wanted_;
+  const int64_t bits_, rows_;
+  const at::ScalarType wide_;
+  at::Tensor only_kl_;  ///< kept for the second walk where there is one block
+  at::Tensor bit_sums_, weight_, mean_, above_any_budget_;
+  std::vector<at::Tensor> penalty_sums_;  ///< of each block: of the penalty and of active positions
+  std::vector<at::Tensor> prior_gradients_;
+  LatentRows result_;
+};
+
 /// All positions. `scale` is that of an earlier call, or undefined: then it follows from the normalization. upstream is [N]
 /// in the widest type and multiplies the scale, or undefined.
 template <typename FreeBits>
 LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& settings, const Normalization& normalization,
                        const at::Tensor& scale, const at::Tensor& upstream, const WantedOfLatents& wanted) {
-  const int64_t bits = z_logits.size(-1), rows = z_logits.numel() / bits;
-  const auto wide = widest_type(z_logits.device());
-  const auto options = z_logits.options().dtype(wide);
-  const LatentPositions all_positions(settings);
-  at::Tensor only_kl;  // kept for the second walk where there is one block
-  const auto for_each_block = [&](const auto& visit) {
-    for_each_row_block(z_logits.detach(), 0, [&](const at::Tensor& block, int64_t first) {
-      const auto positions = all_positions.narrowed(first, block.size(0));
-      const at::Tensor z = block.to(wide), prior = prior_of_block(settings.prior_logits, first, block.size(0));
-      const at::Tensor kl = only_kl.defined() ? only_kl : positions.counted(bernoulli_kl(z, prior));
-      visit(kl, positions, z, prior, first);
-      if (block.numel() == z_logits.numel()) only_kl = kl.detach();
-    });
-  };
-
-  std::vector<at::Tensor> kl_sums{at::zeros({bits}, options)};  // of each block and bit
-  for_each_block([&](const at::Tensor& kl, const auto& positions, auto&&...) {
-    kl_sums.push_back(ordered_sum(positions.weighted(kl).t(), wide));
-  });
-  const at::Tensor bit_sums = ordered_sum(at::stack(kl_sums, 1), wide);
-  const at::Tensor weight =
-      settings.token_weight.defined() ? ordered_sum(settings.token_weight, wide) : at::full({}, rows, options);
-  const at::Tensor mean = bit_sums.sum() / weight, above_any_budget = at::zeros_like(mean).reciprocal();
-
-  LatentRows result;
-  result.scale = scale.defined() ? scale : loss_scale(normalization, weight, weight);
-  if (wanted.penalty)
-    result.penalty = at::zeros({rows}, z_logits.options().dtype(arithmetic_type(z_logits.scalar_type())));
-  if (wanted.gradient) result.gradient = at::empty(z_logits.sizes(), z_logits.options());
-  std::vector<at::Tensor> penalty_sums{
-      at::zeros({2}, options)};  // of each block: of the penalty and of active positions
-  std::vector<at::Tensor> prior_gradients;
-  for_each_block(
-      [&](const at::Tensor& kl, const auto& positions, const at::Tensor& z, const at::Tensor& prior, int64_t first) {
-        const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, kl.size(0)); };
-        const bool wants_gradient = wanted.gradient || wanted.prior_gradient;
-        at::Tensor penalty, gate;  // d loss / d KL of each bit
-        {
-          const at::AutoGradMode with_graph(wants_gradient);
-          const at::Tensor leaf = wants_gradient ? kl.detach().requires_grad_() : kl;
-          penalty = FreeBits::penalty(leaf, mean, settings.free_bits);
-          if (wants_gradient) {
-            const at::Tensor factor =
-                upstream.defined() ? part(upstream) * result.scale : result.scale.expand({kl.size(0)});
-            gate = torch::autograd::grad({penalty}, {leaf}, {positions.weighted(factor)})[0];
-          }
-        }
-        const at::Tensor weighted = positions.weighted(penalty.detach());
-        const at::Tensor is_active = FreeBits::penalty(kl, above_any_budget, settings.free_bits) > 0;
-        penalty_sums.push_back(ordered_sum(at::stack({weighted, positions.weighted(is_active.to(wide))}), wide));
-        if (wanted.penalty) part(result.penalty).copy_(weighted);
-        if (wanted.gradient) {
-          part(result.gradient.view({-1, bits})).copy_(positions.counted(gate * bernoulli_kl_gradient(z, prior)));
-        }
-        if (wanted.prior_gradient) {
-          const at::Tensor gradient = positions.counted(gate * bernoulli_kl_prior_gradient(z, prior));
-          prior_gradients.push_back(settings.prior_logits.dim() == 1 ? ordered_sum(gradient.t(), wide) : gradient);
-        }
-      });
-  const at::Tensor sums = ordered_sum(at::stack(penalty_sums, 1), wide);
-  result.sums = at::cat({sums.narrow(0, 0, 1), weight.reshape({1}), sums.narrow(0, 1, 1), bit_sums});
-  if (wanted.prior_gradient) {
-    const at::Tensor& prior = settings.prior_logits;
-    const bool is_one_for_all = prior.dim() == 1;
-    prior_gradients.push_back(at::zeros(is_one_for_all ? at::IntArrayRef{bits} : at::IntArrayRef{0, bits}, options));
-    const at::Tensor gradient =
-        is_one_for_all ? ordered_sum(at::stack(prior_gradients, 1), wide) : at::cat(prior_gradients);
-    result.prior_gradient = gradient.reshape(prior.sizes()).to(prior.scalar_type());
-  }
-  return result;
+  return LatentWalks<FreeBits>(z_logits, settings, upstream, wanted).run(normalization, scale);
 }
 
 /// sum_t scale_t penalty_t as a differentiable expression, for a backward through the backward.
