@@ -24,16 +24,21 @@ inline namespace FREE_TRANSFORMER_TYPES {
 ///         float64, or float64 all: under autocast hidden may be bfloat16 and the head float32
 /// The logits of a block of tokens are made in a buffer, turned into their gradient in place, and multiplied on into
 /// the gradients of hidden, weight and bias, which the forward pass so finishes (with kNone, backward makes the logits
-/// once more). Positions that do not count are left out of the products on the CPU. Half types are multiplied in
-/// float32, and the weight's gradient is rounded once, to its own type. A frozen input costs no product. A second
-/// backward computes anew; double backward is an error, and so is `inplace`: there are no logits to write over.
+/// once more). On the CPU half types are multiplied in float32, and positions that do not count are left out. A frozen
+/// input costs no product. A second backward computes anew; double backward is an error, and so is `inplace`: there are
+/// no logits to write over.
+/// On other devices all are multiplied in the type of weight, with sums in float32. Where LibTorch's `mm` makes no float32
+/// of half types (CUDA's does in new LibTorches), the logits of a block are rounded to that type, as those of a half
+/// `torch::nn::Linear` are; the loss is computed in float32 from there. The gradients of several blocks add up in
+/// float32, and each is rounded once more, to its own type, in backward.
 struct LinearLogits {
   LinearLogits(at::Tensor hidden_, at::Tensor weight_, at::Tensor bias_ = {})
       : hidden(std::move(hidden_)), weight(std::move(weight_)), bias(std::move(bias_)) {}
 
-  /// Size of the buffer in bytes, at least one token's logits. The default, 0, is 60 MiB where that is 240 tokens or more,
-  /// else 30 MiB, or 56 tokens if that is more, and half of that for half types: a block costs as much more than its
-  /// arithmetic as 16 tokens take.
+  /// Size of the buffer in bytes, at least one token's logits, in float32 (float64 for float64). The default, 0, is 60 MiB
+  /// where that is 240 tokens or more, else 30 MiB, or 56 tokens if that is more, and half of that for half types: a block
+  /// costs as much more than its arithmetic as 16 tokens take. On other devices, where it may be 800 tokens, it is 1 GiB,
+  /// or 1024 tokens if that is more, and LibTorch's operations hold up to 2.5 such buffers.
   LinearLogits& block_bytes(int64_t bytes) { return block_bytes_ = bytes, *this; }
   int64_t block_bytes() const { return block_bytes_; }
 

@@ -446,6 +446,43 @@ TEST_CASE("Where half matrices have a float32 product the fused head loses nothi
   }
 }
 
+TEMPLATE_TEST_CASE("On meta tensors the shapes come out right", "[device][meta]", PerPosition, PerBit, BatchMean) {
+  for (const auto type : all_types) {
+    const auto empty = [&](torch::IntArrayRef shape, torch::ScalarType of) {
+      return torch::empty(shape, torch::TensorOptions().device(torch::kMeta).dtype(of));
+    };
+    const auto place = [&](const Tensor& tensor) { return empty(tensor.sizes(), tensor.scalar_type()); };
+    const Tensor x = leaf(empty({2, 3, classes}, type)), z = leaf(empty({2, 3, bits_of_latent}, type));
+    const Tensor prior = leaf(empty({bits_of_latent}, type));
+    const std::vector<Tensor> head{leaf(empty({2, 3, width}, type)), leaf(empty({classes, width}, type)),
+                                   leaf(empty({classes}, type))};
+    for (const auto& option : reconstruction_cases) {
+      INFO(option.name << ", " << type);
+      const Tensor beside = targets_of(option, place);
+      const auto options = options_of(option, place);
+      const bool is_each = options.reduction().index() == Reduction(torch::kNone).index();
+      const auto expected = is_each ? std::vector<int64_t>{2, 3} : std::vector<int64_t>{};
+      const auto check = [&](const Tensor& loss, const std::vector<Tensor>& inputs) {
+        CHECK(loss.sizes() == expected);
+        CHECK(loss.scalar_type() == arithmetic(type));
+        const auto gradients = torch::autograd::grad({loss}, inputs, {torch::ones_like(loss)});
+        for (size_t index = 0; index < inputs.size(); ++index) {
+          CHECK(gradients[index].sizes() == inputs[index].sizes());
+          CHECK(gradients[index].scalar_type() == type);
+          CHECK(gradients[index].is_meta());
+        }
+      };
+      check(compute_reconstruction_loss(x, beside, options), {x});
+      check(compute_reconstruction_loss(LinearLogits(head[0], head[1], head[2]), beside, options), head);
+      check(compute_reconstruction_loss(LinearLogits(head[0], head[1], head[2]).block_bytes(1), beside, options), head);
+      CHECK(compute_token_statistics(x, beside, options).entropy.sizes() == std::vector<int64_t>{2, 3});
+      const auto of_latents = KLDivergenceOptions().latent_dim(bits_of_latent).reduction(options.reduction());
+      check(compute_kl_divergence<TestType>(z, of_latents), {z});
+      check(compute_kl_divergence<TestType>(z, KLDivergenceOptions(of_latents).prior_logits(prior)), {z, prior});
+    }
+  }
+}
+
 TEST_CASE("A device's blocks have thousands of tokens where the classes are few enough", "[device]") {
   const auto tokens = [](int64_t all_classes, int64_t positions, int64_t block_bytes) {
     const free_transformer::detail::LinearInputs inputs{

@@ -14,6 +14,7 @@
 
 #include "../reference/references.hpp"
 #include "catch.hpp"
+#include "test_device.hpp"
 
 namespace numeric {
 

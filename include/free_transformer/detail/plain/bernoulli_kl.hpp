@@ -8,6 +8,7 @@
 
 #include "free_transformer/detail/autograd/graph_node.hpp"
 #include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/plain/elementwise.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
@@ -18,19 +19,19 @@ inline at::Tensor minus_abs(const at::Tensor& x) { return x * at::ones_like(x).m
 /// 1/(1 + exp(-x)), by at::exp: at::sigmoid rounds elements at the end of a thread's share in another way.
 inline at::Tensor logistic(const at::Tensor& x) {
   const at::Tensor s = minus_abs(x).exp();
-  return at::where(x < 0, s, at::ones_like(s)) / (1 + s);
+  return choose(x < 0, s, at::ones_like(s)) / (1 + s);
 }
 
 /// KL(Bernoulli(sigmoid(l)) || Bernoulli(1/2)) of each element, in nats. With u = |l|/2 it is u tanh u - log cosh u,
 /// written for small u as u t + log1p(-t^2)/2, t = tanh u, and for large u as log 2 - 2u s/(1+s) - log1p(s), s =
 /// exp(-2u): each loses at most a factor of 3 to cancellation on its side of u = 1, and neither overflows.
 inline at::Tensor bernoulli_kl_uniform(const at::Tensor& logits) {
-  const at::Tensor u = logits.abs() / 2;
+  const at::Tensor u = magnitude(logits) / 2;
   const at::Tensor t = u.tanh();
   const at::Tensor near = u * t + (-t.square()).log1p() / 2;
   const at::Tensor s = (-2 * u).exp();
   const at::Tensor entropy = (2 * u * s / (1 + s)).masked_fill_(s == 0, 0) + s.log1p();
-  return at::where(u < 1, near, std::log(2.0) - entropy);
+  return choose(u < 1, near, std::log(2.0) - entropy);
 }
 
 /// KL(Bernoulli(sigmoid(l)) || Bernoulli(sigmoid(r))) = p (l-r) + softplus(r) - softplus(l), p = sigmoid(l). Both signs
@@ -49,10 +50,11 @@ inline at::Tensor bernoulli_kl_prior(const at::Tensor& logits, const at::Tensor&
   const auto product = [](const at::Tensor& factor, const at::Tensor& value) {
     return (factor * value).masked_fill_(factor == 0, 0);  // a sure bit does not see an infinite logit
   };
-  const auto softplus = [](const at::Tensor& x) { return x.clamp_min(0) + (-x.abs()).exp().log1p(); };
-  const at::Tensor cross = at::where(r > 0, (1 - p) * r + (-r).exp().log1p(), softplus(r) - product(p, r));
+  const auto softplus = [](const at::Tensor& x) { return x.clamp_min(0) + (-magnitude(x)).exp().log1p(); };
+  const at::Tensor cross = choose(r > 0, (1 - p) * r + (-r).exp().log1p(), softplus(r) - product(p, r));
   const at::Tensor far = product(p, l) - softplus(l) + cross;
-  return at::where(difference.abs() < 1.0 / 2048, close, at::where(difference.abs() < 1, near, far));
+  const at::Tensor distance = magnitude(difference);
+  return choose(distance < 1.0 / 2048, close, choose(distance < 1, near, far));
 }
 
 inline at::Tensor bernoulli_kl(const at::Tensor& logits, const at::Tensor& prior_logits) {

@@ -11,6 +11,7 @@
 #include "free_transformer/detail/arithmetic.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/normalization.hpp"
+#include "free_transformer/detail/plain/elementwise.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 #include "free_transformer/detail/plain/softmax_minus_target.hpp"
 #include "free_transformer/detail/positions.hpp"
@@ -57,7 +58,7 @@ inline CrossEntropyPositions cross_entropy_positions(const CrossEntropySettings&
   } else {
     positions.class_index = targets.clamp(0, classes - 1);
     if (settings.class_weight.defined()) {
-      positions.target_weight = settings.class_weight.index_select(0, positions.class_index);
+      positions.target_weight = settings.class_weight.gather(0, positions.class_index);
     }
     // Reading the targets would stall a device's stream, so a wrong one must show in the result: 0/0 is a NaN that
     // LibTorch makes, as under -ffast-math this unit has none.
@@ -84,7 +85,7 @@ inline at::Tensor arithmetic_logits(const at::Tensor& block, double softcap) {
 
 /// Derivative of the cap, 1 - tanh^2, in a form that keeps its digits where tanh is near 1.
 inline at::Tensor softcap_derivative(const at::Tensor& block, double softcap) {
-  const at::Tensor decay = (block.to(arithmetic_type(block.scalar_type())).abs() * (-2 / softcap)).exp_();
+  const at::Tensor decay = (magnitude(block.to(arithmetic_type(block.scalar_type()))) * (-2 / softcap)).exp_();
   return 4 * decay / (1 + decay).square_();
 }
 
@@ -196,7 +197,7 @@ inline at::Tensor gradient_of_block(const PivotedSoftmax& of, const at::Tensor& 
       const at::Tensor spread = column(likelihood * share);
       const at::Tensor weight =
           settings.class_weight.defined() ? settings.class_weight : at::ones({of.logits.size(1)}, of.logits.options());
-      const at::Tensor at_pivot = spread * weight.index_select(0, of.pivot.squeeze(1)).unsqueeze(1);
+      const at::Tensor at_pivot = spread * weight.gather(0, of.pivot.squeeze(1)).unsqueeze(1);
       of_pivot = of_pivot * (1 - settings.label_smoothing) + at_pivot;
       coefficients = spread * weight;
       beside = spread * ordered_sum(weight, type) - at_pivot;

@@ -31,15 +31,16 @@ class BitsInFewOperations {
   BitsInFewOperations(const at::Tensor& z_logits, bool wants_derivative)
       : z_(z_logits.to(widest_type(z_logits.device())).clamp(-800, 800)),  // infinity times 0 would be a NaN
         is_narrow_(z_.scalar_type() == at::kDouble && z_logits.scalar_type() != at::kDouble) {
-    distance_ = z_.abs();
-    minus_ = distance_.neg();
+    minus_ = at::minimum(z_, z_.neg());
     p_ = minus_.sigmoid();
     if (wants_derivative) derivative_ = at::sigmoid_backward(z_, p_);
   }
 
   void write_kl(at::Tensor kl) const {
-    const at::Tensor far = at::rsub(at::softplus(minus_).addcmul_(distance_, p_), std::log(2.0));
-    at::where_out(kl, distance_ < (is_narrow_ ? 1.0 / 64 : 2.0), is_narrow_ ? series() : by_tanh(), far);
+    const at::Tensor far = at::rsub(at::softplus(minus_).addcmul_(minus_, p_, -1), std::log(2.0));
+    const at::Tensor near = is_narrow_ ? series() : by_tanh();
+    if (kl.is_meta()) return;  // where LibTorch 1.13 has no at::where
+    at::where_out(kl, minus_ > (is_narrow_ ? -1.0 / 64 : -2.0), near, far);
   }
 
   /// Undefined if it is not wanted.
@@ -55,13 +56,13 @@ class BitsInFewOperations {
     return at::addcmul(eighth, eighth, eighth, -1);
   }
   at::Tensor by_tanh() const {
-    const at::Tensor u = distance_ * 0.5, t = u.tanh();
+    const at::Tensor u = minus_ * 0.5, t = u.tanh();  // both are odd
     return (u * t).add_(t.square().neg_().log1p_(), /*alpha=*/0.5);
   }
 
   at::Tensor z_;
   const bool is_narrow_;
-  at::Tensor distance_, minus_, p_, derivative_;  // |z|, -|z|, sigmoid(-|z|)
+  at::Tensor minus_, p_, derivative_;  // -|z|, sigmoid(-|z|)
 };
 
 /// A row for each position: what is summed of it in the order of `LatentSum`, then the KL of each bit. Where the weight
