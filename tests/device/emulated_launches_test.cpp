@@ -38,6 +38,40 @@ TEST_CASE("Each loss takes the launches that the documentation names", "[device]
   }
 }
 
+TEST_CASE("The fused head on a device takes the row kernel once a block, over the logits", "[device]") {
+  namespace losses = free_transformer::detail;
+  for (const auto type : {torch::kFloat, torch::kBFloat16}) {
+    for (const double z_loss : {0.0, 0.0078125}) {
+      INFO(type << ", z_loss " << z_loss);
+      const Tensor hidden = leaf(eighths({6, 8}, torch::kDouble) / 8), targets = torch::arange(6);
+      const Tensor weight = leaf(eighths({40, 8}, torch::kDouble, 2) / 8),
+                   bias = leaf(eighths({40}, torch::kDouble, 3) / 8);
+      compute_reconstruction_loss(eighths({6, 40}, type), targets);  // what the first call tries and compiles
+      const losses::LinearInputs inputs{hidden.detach().to(type), weight.detach().to(type), bias.detach().to(type),
+                                        /*block_bytes=*/3 * 40 * 4};
+      losses::CrossEntropySettings settings;
+      settings.targets = targets;
+      settings.z_loss = z_loss;
+      const auto positions = losses::plain::cross_entropy_positions(settings, 40, torch::kFloat, {});
+      losses::DeviceLinearRows found;
+      CHECK(launches_of([&] {
+              found = losses::device_linear_rows(inputs, settings, positions, /*upstream=*/{}, {true, true, true},
+                                                 {/*sums=*/false, /*each=*/true});
+            }) == 2);
+      const auto gradients = found.gradients.finished(inputs, /*upstream=*/{});
+      const Tensor loss = compute_reconstruction_loss(torch::linear(hidden, weight, bias), targets,
+                                                      ReconstructionLossOptions().z_loss(z_loss));
+      const auto expected = torch::autograd::grad({loss}, {hidden, weight, bias});
+      // Logits of 9 at most are rounded to the type, and so is what they are multiplied on by: see pretend_device.
+      const double relative = type == torch::kFloat ? 64 * epsilon(type) : 12 * epsilon(type);
+      for (size_t index = 0; index < expected.size(); ++index) {
+        CHECK(gradients[index].scalar_type() == type);
+        CHECK(difference(gradients[index], expected[index], relative, 1) == "");
+      }
+    }
+  }
+}
+
 TEST_CASE("What the kernels do not take is computed without them", "[device]") {
   const Tensor targets = torch::arange(6), logits = eighths({6, 40}, torch::kDouble);
   CHECK(launches_of([&] { compute_reconstruction_loss(logits, targets); }) == 0);

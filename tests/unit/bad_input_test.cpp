@@ -32,7 +32,7 @@ std::string vae_error(const Tensor& z_logits, double beta_kl) {
 
 }  // namespace
 
-TEST_CASE("Logits must be dense, floating and have classes", "[errors][reconstruction]") {
+TEST_CASE("Logits must be dense, floating and have classes", "[errors][reconstruction][cpu]") {
   const Tensor targets = indices({0, 1});
   CHECK(reconstruction_error({}, targets) == "logits must be a defined tensor, got an undefined one");
   CHECK(reconstruction_error(eighths({2, 5}).to_sparse(), targets) ==
@@ -47,7 +47,7 @@ TEST_CASE("Logits must be dense, floating and have classes", "[errors][reconstru
 }
 
 TEST_CASE("Targets must be dense indices, one for each position, on the device of the logits",
-          "[errors][reconstruction]") {
+          "[errors][reconstruction][cpu]") {
   const Tensor logits = eighths({2, 5});
   CHECK(reconstruction_error(logits, {}) == "targets must be a defined tensor, got an undefined one");
   CHECK(reconstruction_error(logits, indices({0, 1}).to_sparse()) ==
@@ -66,7 +66,7 @@ TEST_CASE("Targets must be dense indices, one for each position, on the device o
         "targets must be on the device of the logits, meta, got cpu");
 }
 
-TEST_CASE("A target out of range is shown with its position", "[errors][reconstruction]") {
+TEST_CASE("A target out of range is shown with its position", "[errors][reconstruction][cpu]") {
   const Tensor logits = eighths({4, 5});
   const std::string range = "targets must lie in [0, 5) or be ignore_index = ";
   CHECK(reconstruction_error(logits, indices({0, 5, 1, -1})) == range + "-100, got 5 at position 1");
@@ -81,7 +81,7 @@ TEST_CASE("A target out of range is shown with its position", "[errors][reconstr
         range + "-100, got 9 at position 1");
 }
 
-TEST_CASE("Latent logits must be dense, floating and have latent_dim bits", "[errors][kl]") {
+TEST_CASE("Latent logits must be dense, floating and have latent_dim bits", "[errors][kl][cpu]") {
   CHECK(latent_error({}) == "z_logits must be a defined tensor, got an undefined one");
   CHECK(latent_error(eighths({2, 3}).to_sparse()) == "z_logits must be a dense (strided) tensor, got layout Sparse");
   const std::string kind = "z_logits must be of type float64, float32, float16 or bfloat16, got ";
@@ -106,13 +106,13 @@ TEST_CASE("Settings that are negative, infinite or no number are refused", "[err
   CHECK(vae_error(z_logits, -reference::inf) == "compute_vae_loss: beta_kl must be finite and >= 0, got -inf");
 }
 
-TEST_CASE("Both terms must be on one device", "[errors][vae]") {
+TEST_CASE("Both terms must be on one device", "[errors][vae][cpu]") {
   CHECK(vae_error({}, 1.0) == "compute_vae_loss: z_logits must be a defined tensor, got an undefined one");
   CHECK(vae_error(torch::zeros({2, 3}, meta), 1.0) ==
         "compute_vae_loss: z_logits must be on the device of the logits, cpu, got meta");
 }
 
-TEST_CASE("The module refuses what the function refuses", "[errors][module]") {
+TEST_CASE("The module refuses what the function refuses", "[errors][module][cpu]") {
   FreeTransformerLoss criterion(3);
   criterion->options.beta_kl(-1);
   CHECK(error_of([&] {
@@ -141,7 +141,7 @@ TEST_CASE("Logits in LibTorch's order are told how to be turned", "[errors]") {
                  "pass hidden.movedim(1, -1)"));
 }
 
-TEST_CASE("A tensor for a normalizer is looked at on the CPU", "[errors][normalizer]") {
+TEST_CASE("A tensor for a normalizer is looked at on the CPU", "[errors][normalizer][cpu]") {
   const Tensor logits = eighths({2, 5}), targets = indices({0, 1});
   for (const double bad : {-1.0, not_a_number, reference::inf}) {
     const Tensor normalizer = torch::full({1}, bad);

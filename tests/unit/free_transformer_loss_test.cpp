@@ -42,7 +42,7 @@ free_transformer::ReconstructionResult reconstruct(const ScaledLogits& source, c
 
 }  // namespace user
 
-TEST_CASE("The module computes what the function does", "[module]") {
+TEST_CASE("The module computes what the function does", "[module][cpu]") {
   FreeTransformerLoss criterion(4, 0.5, 0.25, 2);
   const Tensor expected = compute_vae_loss(logits, targets.clamp_min(0), z_logits, 4, 0.5, 0.25, 2).loss;
   const auto [loss, metrics] = criterion(logits, targets.clamp_min(0), z_logits);
@@ -51,7 +51,7 @@ TEST_CASE("The module computes what the function does", "[module]") {
   CHECK_THAT(metrics.at("loss/total"), Catch::Matchers::WithinRel(expected.item<double>(), 1e-14));
 }
 
-TEST_CASE("The module takes options, another policy and another source of logits", "[module]") {
+TEST_CASE("The module takes options, another policy and another source of logits", "[module][cpu]") {
   FreeTransformerLoss criterion(VAELossOptions().latent_dim(4).free_bits(0.125));
   CHECK(same_bits(criterion->forward<PerBit>(logits, targets, z_logits).loss,
                   compute_vae_loss<PerBit>(logits, targets, z_logits, 4, 1.0, 0.125).loss));
@@ -59,7 +59,7 @@ TEST_CASE("The module takes options, another policy and another source of logits
                   compute_vae_loss(logits * 2, targets, z_logits, 4, 1.0, 0.125).loss));
 }
 
-TEST_CASE("The module's defaults are those of the function", "[module]") {
+TEST_CASE("The module's defaults are those of the function", "[module][cpu]") {
   FreeTransformerLoss criterion;
   const Tensor sixteen = eighths({3, 16});
   CHECK(same_bits(criterion(logits, targets, sixteen).loss, compute_vae_loss(logits, targets, sixteen).loss));
@@ -67,14 +67,14 @@ TEST_CASE("The module's defaults are those of the function", "[module]") {
   CHECK(criterion->buffers().empty());
 }
 
-TEST_CASE("The module prints its settings", "[module]") {
+TEST_CASE("The module prints its settings", "[module][cpu]") {
   CHECK(printed(FreeTransformerLoss()) ==
         "free_transformer::FreeTransformerLoss(latent_dim=16, beta_kl=1, free_bits=0.3466, ignore_index=-100)");
   CHECK(printed(FreeTransformerLoss(4, 0.25, 0.0, 0)) ==
         "free_transformer::FreeTransformerLoss(latent_dim=4, beta_kl=0.25, free_bits=0, ignore_index=0)");
 }
 
-TEST_CASE("Options changed between calls are used by the next call", "[module]") {
+TEST_CASE("Options changed between calls are used by the next call", "[module][cpu]") {
   FreeTransformerLoss criterion(4);
   for (const double beta_kl : {0.0, 0.5, 2.0}) {
     criterion->options.beta_kl(beta_kl).free_bits(0.125);
@@ -83,7 +83,7 @@ TEST_CASE("Options changed between calls are used by the next call", "[module]")
   }
 }
 
-TEST_CASE("A clone has the options of its original, and keeps them when those change", "[module]") {
+TEST_CASE("A clone has the options of its original, and keeps them when those change", "[module][cpu]") {
   FreeTransformerLoss criterion(4, 0.25, 0.125, 2);
   const auto clone = std::dynamic_pointer_cast<FreeTransformerLossImpl>(criterion->clone());
   REQUIRE(clone);
@@ -96,7 +96,7 @@ TEST_CASE("A clone has the options of its original, and keeps them when those ch
   CHECK(criterion->options.free_bits() == 0.125);
 }
 
-TEST_CASE("The module lives in a model that is cloned, converted and trained", "[module]") {
+TEST_CASE("The module lives in a model that is cloned, converted and trained", "[module][cpu]") {
   const auto model = std::make_shared<ModelImpl>();
   model->criterion->options.free_bits(0.0625);
   const auto clone = std::dynamic_pointer_cast<ModelImpl>(model->clone());
@@ -114,7 +114,7 @@ TEST_CASE("The module lives in a model that is cloned, converted and trained", "
   CHECK(clone->parameters().size() == 2);
 }
 
-TEST_CASE("The module refuses a setting when it is made", "[module][errors]") {
+TEST_CASE("The module refuses a setting when it is made", "[module][errors][cpu]") {
   const std::string range = " must be finite and >= 0, got ";
   CHECK(error_of([] { FreeTransformerLoss(0); }) == "compute_kl_divergence: latent_dim must be >= 1, got 0");
   CHECK(error_of([] { FreeTransformerLoss(-2); }) == "compute_kl_divergence: latent_dim must be >= 1, got -2");
@@ -151,7 +151,8 @@ VAELossOptions options_with_tensors() {
 
 }  // namespace
 
-TEST_CASE("The tensors of the options are the module's: a learned prior a parameter, the others buffers", "[module]") {
+TEST_CASE("The tensors of the options are the module's: a learned prior a parameter, the others buffers",
+          "[module][cpu]") {
   FreeTransformerLoss criterion(options_with_tensors());
   CHECK(criterion->named_parameters().keys() == std::vector<std::string>{"prior_logits"});
   CHECK(criterion->named_buffers().keys() ==
@@ -166,7 +167,7 @@ TEST_CASE("The tensors of the options are the module's: a learned prior a parame
   CHECK_FALSE(same_bits(criterion->options.kl().prior_logits(), before));  // what the loss reads is what learns
 }
 
-TEST_CASE("A clone has tensors of its own, with the values of the original's", "[module]") {
+TEST_CASE("A clone has tensors of its own, with the values of the original's", "[module][cpu]") {
   FreeTransformerLoss criterion(options_with_tensors());
   const auto clone = std::dynamic_pointer_cast<FreeTransformerLossImpl>(criterion->clone());
   REQUIRE(clone);
@@ -184,7 +185,7 @@ TEST_CASE("A clone has tensors of its own, with the values of the original's", "
   CHECK_FALSE(same_bits(criterion(logits, targets, z_logits).loss, expected));
 }
 
-TEST_CASE("A module that is moved or converted takes its tensors along, but counts keep their type", "[module]") {
+TEST_CASE("A module that is moved or converted takes its tensors along, but counts keep their type", "[module][cpu]") {
   FreeTransformerLoss criterion(options_with_tensors());
   criterion->to(torch::kHalf);
   CHECK(criterion->options.reconstruction().weight().scalar_type() == torch::kHalf);
@@ -196,7 +197,7 @@ TEST_CASE("A module that is moved or converted takes its tensors along, but coun
   CHECK(criterion->options.kl().normalizer().tensor()->scalar_type() == torch::kFloat);
 }
 
-TEST_CASE("Tensors that replace others in the options are used, and then belong to the module", "[module]") {
+TEST_CASE("Tensors that replace others in the options are used, and then belong to the module", "[module][cpu]") {
   FreeTransformerLoss criterion(options_with_tensors());
   for (const double scale : {1.0, 2.0, 3.0}) {  // a mask for each batch
     const Tensor weight = torch::tensor({0.5, 1.0, scale});
@@ -211,7 +212,7 @@ TEST_CASE("Tensors that replace others in the options are used, and then belong 
   }
 }
 
-TEST_CASE("AnyModule and Sequential hold the module", "[module]") {
+TEST_CASE("AnyModule and Sequential hold the module", "[module][cpu]") {
   FreeTransformerLoss criterion(4);
   const Tensor expected = criterion(logits, targets, z_logits).loss;
   torch::nn::AnyModule any(criterion);
@@ -223,7 +224,7 @@ TEST_CASE("AnyModule and Sequential hold the module", "[module]") {
   CHECK(error_of([&] { any.forward<VAELossOutput>(1, targets, z_logits); }) != "");
 }
 
-TEST_CASE("A saved module comes back with its tensors", "[module]") {
+TEST_CASE("A saved module comes back with its tensors", "[module][cpu]") {
   FreeTransformerLoss criterion(options_with_tensors()), loaded(options_with_tensors());
   {
     const torch::NoGradGuard no_grad;

@@ -357,7 +357,7 @@ TEST_CASE("The whole loss is the sum of both terms with their options", "[vae][o
   CHECK(difference(gradient(loss, prior), 0.75 * gradient(latent, prior), 2 * epsilon(torch::kDouble), 1) == "");
 }
 
-TEST_CASE("Options of the latent term that do not fit are refused", "[kl][options][errors]") {
+TEST_CASE("Options of the latent term that do not fit are refused", "[kl][options][errors][cpu]") {
   const Tensor z_logits = eighths({2, 3});
   const auto meta = torch::TensorOptions().device(torch::kMeta);
   const auto error = [&](const KLDivergenceOptions& options) {

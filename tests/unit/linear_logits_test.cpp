@@ -203,7 +203,7 @@ TEST_CASE("The size of a block changes a float32 loss by its rounding at most", 
   }
 }
 
-TEST_CASE("The number of threads changes no bit where the products are exact", "[linear][threads]") {
+TEST_CASE("The number of threads changes no bit where the products are exact", "[linear][threads][cpu]") {
   // Multiples of 1/8 below 8 and sums of few of them: every order of summation gives the same logits. Weight and bias
   // see rounded sums over tokens, whose order is the BLAS's own; with one token a block there is none.
   const bool is_frozen = GENERATE(true, false);
@@ -268,7 +268,7 @@ TEST_CASE("A scaled loss scales the gradients of a fused head", "[linear][gradie
   for (size_t index = 1; index < scaled.size(); ++index) CHECK(same_bits(scaled[index], unscaled[index] / 2));
 }
 
-TEST_CASE("A frozen input gets no gradient and costs no product", "[linear][gradient]") {
+TEST_CASE("A frozen input gets no gradient and costs no product", "[linear][gradient][cpu]") {
   torch::manual_seed(7);
   const bool has_hidden = GENERATE(true, false), has_weight = GENERATE(true, false);
   const bool for_each = GENERATE(true, false);
@@ -288,7 +288,7 @@ TEST_CASE("A frozen input gets no gradient and costs no product", "[linear][grad
   CHECK(head.bias.grad().defined());
 }
 
-TEST_CASE("Without a gradient a fused head costs one product a block and makes no graph", "[linear]") {
+TEST_CASE("Without a gradient a fused head costs one product a block and makes no graph", "[linear][cpu]") {
   torch::manual_seed(8);
   Head head = random_head({12}, 5, 9, /*has_bias=*/false);
   const Tensor targets = some_targets({12}, 9);
@@ -314,7 +314,7 @@ TEST_CASE("Without a gradient a fused head costs one product a block and makes n
   }
 }
 
-TEST_CASE("Positions that do not count are left out of the products of a fused head", "[linear]") {
+TEST_CASE("Positions that do not count are left out of the products of a fused head", "[linear][cpu]") {
   torch::manual_seed(9);
   const Tensor targets = torch::tensor({3, -100, 0, 2, -100, 8, 1});
   const auto reduction = GENERATE(Reduction(torch::kMean), Reduction(torch::kNone));
@@ -523,7 +523,7 @@ TEST_CASE("Double backward through a fused head is refused", "[linear][errors]")
         "for that");
 }
 
-TEST_CASE("The whole loss and the module take a fused head", "[linear][vae][module]") {
+TEST_CASE("The whole loss and the module take a fused head", "[linear][vae][module][cpu]") {
   torch::manual_seed(20);
   const Head head = random_head({2, 5}, 6, 13, /*has_bias=*/true);
   const Tensor targets = some_targets({2, 5}, 13), z_logits = leaf(uniform({2, 5, 3}, 2));
@@ -543,7 +543,7 @@ TEST_CASE("The whole loss and the module take a fused head", "[linear][vae][modu
   CHECK(compute_vae_loss<PerBit>(head.fused(), targets, z_logits, 3).loss.requires_grad());
 }
 
-TEST_CASE("A fused head is refused with what came", "[linear][errors]") {
+TEST_CASE("A fused head is refused with what came", "[linear][errors][cpu]") {
   const Tensor hidden = eighths({2, 3}), weight = eighths({5, 3}), bias = eighths({5});
   const std::string undefined = " must be a defined tensor, got an undefined one";
   CHECK(error({{}, weight}) == "hidden" + undefined);
@@ -626,7 +626,7 @@ TEST_CASE("A fused head without gradient holds one block", "[linear][memory]") {
   CHECK(peak_of([&] { compute_token_statistics(head.fused(block), targets); }) <= block + positions * 512);
 }
 
-TEST_CASE("Inputs of different types below float64 mix, each with a gradient of its own type", "[linear][half]") {
+TEST_CASE("Inputs of different types below float64 mix, each with a gradient of its own type", "[linear][half][cpu]") {
   const std::vector<torch::ScalarType> types{torch::kFloat, torch::kBFloat16, torch::kHalf};
   constexpr int64_t positions = 24, width = 16, classes = 51;
   torch::manual_seed(5);

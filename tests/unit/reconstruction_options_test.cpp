@@ -376,7 +376,7 @@ TEST_CASE("A normalizer that is changed after the loss does not change its gradi
 }
 
 TEST_CASE("LibTorch operations read no value with any option, neither forward nor backward",
-          "[reconstruction][options][device]") {
+          "[reconstruction][options][device][cpu]") {
   const Example example;
   for (const Tensor& targets : {example.targets, example.probabilities}) {
     const auto options = example.options(all_options).normalizer(torch::tensor(3.0, torch::kDouble));
@@ -422,7 +422,7 @@ TEST_CASE("Settings of the reconstruction loss that are out of range are refused
         "normalizer must not require grad (it gets none; detach it), got requires_grad = true");
 }
 
-TEST_CASE("Weights of the reconstruction loss that do not fit are refused", "[reconstruction][options][errors]") {
+TEST_CASE("Weights of the reconstruction loss that do not fit are refused", "[reconstruction][options][errors][cpu]") {
   const Tensor logits = eighths({2, 5}), targets = indices({0, 1});
   const auto meta = torch::TensorOptions().device(torch::kMeta);
   const auto token = [&](const Tensor& weight) {
@@ -457,7 +457,7 @@ TEST_CASE("Weights of the reconstruction loss that do not fit are refused", "[re
         class_weight + "not require grad (it gets none; detach it), got requires_grad = true");
 }
 
-TEST_CASE("Class probabilities that do not fit are refused", "[reconstruction][options][errors]") {
+TEST_CASE("Class probabilities that do not fit are refused", "[reconstruction][options][errors][cpu]") {
   const Tensor logits = eighths({2, 5});
   const auto error = [&](const Tensor& probabilities, int64_t ignore_index = -100) {
     return error_of([&] { compute_reconstruction_loss(logits, probabilities, ignore_index); });

@@ -71,7 +71,7 @@ TORCH_LIBRARY_IMPL(aten, Meta, library) {
   library.impl("where.self", &where_without_values);
 }
 
-TEST_CASE("Any number of threads gives the same bits", "[threads]") {
+TEST_CASE("Any number of threads gives the same bits", "[threads][cpu]") {
   const auto type = GENERATE(torch::kFloat, torch::kDouble, torch::kBFloat16);
   INFO(type);
   SECTION("many positions") { check_threads<PerPosition>(random({200001, 5}, type), random({50001, 16}, type)); }
@@ -130,8 +130,8 @@ TEST_CASE("The memory that is counted is what tensors take", "[memory]") {
         }) < 9000);
 }
 
-TEMPLATE_TEST_CASE("The whole loss reads no value, neither forward nor backward", "[vae][metrics][device]", PerPosition,
-                   PerBit, BatchMean) {
+TEMPLATE_TEST_CASE("The whole loss reads no value, neither forward nor backward", "[vae][metrics][device][cpu]",
+                   PerPosition, PerBit, BatchMean) {
   const auto step = [](const Tensor& logits, const Tensor& targets, const Tensor& z_logits, bool create_graph) {
     auto [loss, metrics] = compute_vae_loss<TestType>(logits, targets, z_logits, 3);
     metrics += compute_vae_loss<TestType>(logits, targets, z_logits, 3).metrics;

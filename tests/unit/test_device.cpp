@@ -1,4 +1,5 @@
 // Before the first test: is there the device that FREE_TRANSFORMER_TEST_DEVICE asks for? If not, the tests are skipped.
+#define CATCH_CONFIG_EXTERNAL_INTERFACES  // of Catch2 2, which the precompiled header leaves out
 #include "test_device.hpp"
 
 #include <iostream>

@@ -79,7 +79,7 @@ void check_refusals(const std::function<Tensor(const Tensor&)>& change, const st
 
 }  // namespace
 
-TEST_CASE("A forward-mode tangent that the loss would lose is refused", "[errors][transforms]") {
+TEST_CASE("A forward-mode tangent that the loss would lose is refused", "[errors][transforms][cpu]") {
   const auto opened = torch::autograd::ForwardADLevel::get_next_idx();
   REQUIRE(opened == 0);
   check_refusals([](const Tensor& tensor) { return at::_make_dual(tensor, torch::ones_like(tensor), 0); },
@@ -87,12 +87,12 @@ TEST_CASE("A forward-mode tangent that the loss would lose is refused", "[errors
   torch::autograd::ForwardADLevel::release_idx(opened);
 }
 
-TEST_CASE("A tensor inside of vmap is refused with what to do instead", "[errors][transforms]") {
+TEST_CASE("A tensor inside of vmap is refused with what to do instead", "[errors][transforms][cpu]") {
   check_refusals([](const Tensor& tensor) { return at::functorch::makeBatched(tensor.unsqueeze(0), 0, 1); },
                  "call the loss outside of it, on the whole batch");
 }
 
-TEST_CASE("A trace does not keep the loss as a constant: it is refused", "[errors][transforms]") {
+TEST_CASE("A trace does not keep the loss as a constant: it is refused", "[errors][transforms][cpu]") {
   const Example example;
   const auto trace_of = [&](const std::function<Tensor(const Tensor&)>& loss) {
     return error_of([&] {
@@ -120,7 +120,7 @@ TEST_CASE("A trace does not keep the loss as a constant: it is refused", "[error
       Catch::Matchers::Contains(refusal));
 }
 
-TEST_CASE("Under a Python dispatch mode, as make_fx traces, every loss is refused", "[errors][transforms]") {
+TEST_CASE("Under a Python dispatch mode, as make_fx traces, every loss is refused", "[errors][transforms][cpu]") {
   const Example example;
   std::vector<std::string> texts;
   {
@@ -137,7 +137,7 @@ TEST_CASE("Under a Python dispatch mode, as make_fx traces, every loss is refuse
   }
 }
 
-TEST_CASE("Tensors that stand for a negated or a zero one have their own values", "[reconstruction][kl][layout]") {
+TEST_CASE("Tensors that stand for a negated or a zero one have their own values", "[reconstruction][kl][layout][cpu]") {
   for (const auto type : {torch::kDouble, torch::kFloat}) {
     const Example example;
     const auto negated = [&](const Tensor& tensor) { return torch::_neg_view(-tensor.to(type)); };
