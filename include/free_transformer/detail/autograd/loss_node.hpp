@@ -35,7 +35,7 @@ class LossPass : public GraphOperation {
 
   Tensors node_backward(Context& context, const Tensors& upstream) final {
     const auto saved = context.get_saved_variables();
-    const auto first_tensor = saved.begin() + GraphNode::input_count;
+    const at::Tensor* restored_tensor = saved.data() + GraphNode::input_count;
     struct Restored {  // for this one backward
       ~Restored() {
         for (at::Tensor* tensor : tensors) tensor->reset();
@@ -43,9 +43,9 @@ class LossPass : public GraphOperation {
       const std::vector<at::Tensor*> tensors;
     };
     const Restored restored{saved_tensors()};
-    for (size_t index = 0; index < restored.tensors.size(); ++index) *restored.tensors[index] = first_tensor[index];
+    for (at::Tensor* tensor : restored.tensors) *tensor = *restored_tensor++;
     if (!upstream[0].defined()) return {};
-    return backward({saved.begin(), first_tensor}, upstream[0]);
+    return backward({saved.begin(), saved.begin() + GraphNode::input_count}, upstream[0]);
   }
 };
 
