@@ -31,6 +31,8 @@ inline namespace FREE_TRANSFORMER_TYPES {
 ///                              model; bound/elbo_bits is the same in bits
 ///     metrics/accuracy         share of the positions whose most likely class is the target; only if options ask for it
 ///     loss/z_loss              the part of loss/reconstruction that is the z-loss; only if there is one
+///     latent/kl_bits/0 ...     the share of each latent bit in latent/kl_bits, in the order of z_logits: which of them carry
+///                              anything; only if options ask for it
 /// They do not depend on `reduction` and `normalizer`: a += b gives what one call on both batches would have given.
 /// Nothing is copied to the host before the first read; then everything is, once. Reading throws c10::Error for an
 /// unknown name. Not safe to read from two threads at once.
@@ -44,8 +46,11 @@ class LossMetrics {
 
   /// The sums of both terms as `reconstruct` and the latent term return them.
   LossMetrics(const at::Tensor& reconstruction_sums, const at::Tensor& latent_sums, double beta_kl, double free_bits,
-              bool hinge_on_batch_mean, bool has_accuracy, bool has_z_loss = false)
-      : hinge_on_batch_mean_(hinge_on_batch_mean), has_accuracy_(has_accuracy), has_z_loss_(has_z_loss) {
+              bool hinge_on_batch_mean, bool has_accuracy, bool has_z_loss = false, bool has_kl_of_each_bit = false)
+      : hinge_on_batch_mean_(hinge_on_batch_mean),
+        has_accuracy_(has_accuracy),
+        has_z_loss_(has_z_loss),
+        has_kl_of_each_bit_(has_kl_of_each_bit) {
     if (latent_sums.device().is_cpu()) {  // a small step feels every operation
       const auto count = static_cast<size_t>(latent_sums.numel());
       sums_ = at::empty({latent_begin + latent_sums.numel()}, latent_sums.options());
@@ -75,6 +80,7 @@ class LossMetrics {
                 " and ", other.hinge_on_batch_mean_, ", accuracy ", has_accuracy_, " and ", other.has_accuracy_);
     sums_ = sums_ + other.sums_.to(sums_.device());
     has_z_loss_ = has_z_loss_ || other.has_z_loss_;
+    has_kl_of_each_bit_ = has_kl_of_each_bit_ || other.has_kl_of_each_bit_;  // its sums are always there
     values_.clear();
     return *this;
   }
@@ -115,6 +121,7 @@ class LossMetrics {
   bool hinge_on_batch_mean_ = false;
   bool has_accuracy_ = false;
   bool has_z_loss_ = false;
+  bool has_kl_of_each_bit_ = false;
   mutable std::vector<value_type> values_;
 };
 
@@ -155,6 +162,10 @@ inline std::vector<LossMetrics::value_type> LossMetrics::read() const {
     values.emplace_back("metrics/accuracy", ratio(data[detail::hit_sum], data[detail::token_weight_sum]));
   }
   if (has_z_loss_) values.emplace_back("loss/z_loss", z_loss);
+  for (int64_t bit = 0; has_kl_of_each_bit_ && bit < sums.numel() - bits_begin; ++bit) {
+    values.emplace_back("latent/kl_bits/" + std::to_string(bit),
+                        ratio(data[bits_begin + bit], positions) / std::log(2.0));
+  }
   return values;
 }
 

@@ -41,6 +41,9 @@ struct VAELossOptions {
   /// False (default): every position of z_logits counts in the latent term. True: only where the target counts, that
   /// is, is not ignored and has no weight of 0; z_logits then has the positions of the targets.
   TORCH_ARG(bool, mask_ignored_latents) = false;
+
+  /// True: the metrics also show the KL of each latent bit, "latent/kl_bits/0" and so on. Costs nothing. Default: false.
+  TORCH_ARG(bool, kl_of_each_bit) = false;
 };
 
 struct VAELossOutput {
@@ -81,7 +84,8 @@ VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, 
       detail::latent_kl<FreeBits>(z_logits, detail::masked_like_targets(latent, targets, options), normalization);
   return {at::add(reconstruction.loss, result.loss, /*alpha=*/options.beta_kl()),
           LossMetrics(reconstruction.sums, result.sums, options.beta_kl(), options.free_bits(),
-                      std::is_same_v<FreeBits, BatchMean>, options.accuracy(), options.reconstruction().z_loss() > 0)};
+                      std::is_same_v<FreeBits, BatchMean>, options.accuracy(), options.reconstruction().z_loss() > 0,
+                      options.kl_of_each_bit())};
 }
 
 template <typename FreeBits, typename Logits>

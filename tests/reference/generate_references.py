@@ -491,6 +491,112 @@ def latent_option_cases():
     ]
 
 
+# ---- the latent code -----------------------------------------------------------------------------------------------
+
+def log_probability(bit, logit):
+    """log P(B = bit), P(B = 1) = 1 / (1 + exp(-l))."""
+    return mpmath.log(sigmoid(logit) if bit else 1 - sigmoid(logit))
+
+
+@dataclasses.dataclass
+class LatentLogProbability:
+    """z_logits and bits [N * H]."""
+    name: str
+    latent_dim: int
+    z_logits: list
+    bits: list
+
+    def values(self, z_logits):
+        of_bits = [log_probability(bit, z) for bit, z in zip(self.bits, z_logits)]
+        return [mpmath.fsum(row) for row in rows_of(of_bits, self.latent_dim)]
+
+    def written(self):
+        z_logits = [mpf(z) for z in self.z_logits]
+        gradient = central_difference(lambda z: mpmath.fsum(self.values(z)), z_logits)
+        return [text(self.name), smallest_type(self.z_logits), text(self.latent_dim), text(self.z_logits),
+                text(self.bits), text(self.values(z_logits)), text(gradient)]
+
+
+def latent_log_probability_cases():
+    random_numbers = random.Random(20251022)
+    bits = lambda count: [random_numbers.randint(0, 1) for _ in range(count)]
+    return [
+        LatentLogProbability("moderate", 4, eighths(random_numbers, 5 * 4, 6.0), bits(5 * 4)),
+        LatentLogProbability("sixteen bits", 16, eighths(random_numbers, 3 * 16, 3.0), bits(3 * 16)),
+        LatentLogProbability("likely and large", 1, [20.0, 40.0, 85.0, -20.0, -40.0, -85.0], [1, 1, 1, 0, 0, 0]),
+        LatentLogProbability("unlikely and large", 1, [20.0, 40.0, 85.0, -20.0, -40.0, -85.0], [0, 0, 0, 1, 1, 1]),
+        LatentLogProbability("small", 2, [2.0 ** -13, -2.0 ** -10, 0.0, 2.0 ** -7], [1, 1, 0, 0]),
+        LatentLogProbability("decimal fractions", 3, [0.1, -0.2, 0.3, 1e-8, -1e-4, 36.6], [1, 0, 0, 1, 1, 1]),
+    ]
+
+
+# ---- bounds on the evidence ----------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class EvidenceBound:
+    """log_likelihood [K * N * T], bits [K * N * T * H], z_logits [N * T * H], prior_logits [] or [H]."""
+    name: str
+    samples: int
+    tokens: int
+    latent_dim: int
+    log_likelihood: list
+    bits: list
+    z_logits: list
+    prior_logits: list
+
+    def prior(self, index):
+        return mpf(self.prior_logits[index % self.latent_dim]) if self.prior_logits else mpf(0)
+
+    def log_weight(self, sample, sequence):
+        """log p(x|z_k) + log p(z_k) - log q(z_k|x)."""
+        latents, sequences = self.tokens * self.latent_dim, len(self.z_logits) // (self.tokens * self.latent_dim)
+        place = sample * sequences + sequence
+        bits = self.bits[place * latents:(place + 1) * latents]
+        z_logits = self.z_logits[sequence * latents:(sequence + 1) * latents]
+        return mpmath.fsum(mpf(x) for x in self.log_likelihood[place * self.tokens:(place + 1) * self.tokens]) + \
+            mpmath.fsum(log_probability(bit, self.prior(index)) - log_probability(bit, mpf(z))
+                        for index, (bit, z) in enumerate(zip(bits, z_logits)))
+
+    def kl(self, index):
+        p, r = sigmoid(mpf(self.z_logits[index])), sigmoid(self.prior(index))
+        return p * mpmath.log(p / r) + (1 - p) * mpmath.log((1 - p) / (1 - r))
+
+    def written(self):
+        latents = self.tokens * self.latent_dim
+        sequences = range(len(self.z_logits) // latents)
+        elbo = [mpmath.fsum(self.kl(index) for index in range(sequence * latents, (sequence + 1) * latents)) -
+                mpmath.fsum(mpf(x) for x in self.log_likelihood[sequence * self.tokens:(sequence + 1) * self.tokens])
+                for sequence in sequences]
+        importance_weighted = [
+            -mpmath.log(mpmath.fsum(mpmath.exp(self.log_weight(sample, sequence)) for sample in range(self.samples)) /
+                        self.samples) for sequence in sequences]
+        return [text(self.name), smallest_type(self.log_likelihood, self.z_logits, self.prior_logits), text(self.samples),
+                text(len(sequences)), text(self.tokens), text(self.latent_dim), text(self.log_likelihood), text(self.bits),
+                text(self.z_logits), text(self.prior_logits), text(elbo), text(importance_weighted)]
+
+
+def evidence_bound_cases():
+    random_numbers = random.Random(20251023)
+
+    def case(name, samples, sequences, tokens, latent_dim, lowest=8.0, prior=False, far=0.0):
+        """The k-th sample is further off by k * far nats a token."""
+        count = sequences * tokens
+        log_likelihood = [x - sample * far for sample in range(samples)
+                          for x in (-abs(y) for y in eighths(random_numbers, count, lowest))]
+        return EvidenceBound(name, samples, tokens, latent_dim, log_likelihood,
+                             [random_numbers.randint(0, 1) for _ in range(samples * count * latent_dim)],
+                             eighths(random_numbers, count * latent_dim, 4.0),
+                             eighths(random_numbers, latent_dim, 2.0) if prior else [])
+
+    return [
+        case("one sample", 1, 3, 4, 2),
+        case("four samples", 4, 2, 3, 3),
+        case("four samples, a prior", 4, 2, 3, 3, prior=True),
+        case("samples that are far apart", 3, 2, 4, 2, far=512.0),
+        case("no sample is likely", 3, 1, 5, 2, lowest=16.0, far=1024.0, prior=True),
+    ]
+
+
 # ---- the whole loss ------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -667,6 +773,28 @@ struct LatentOptionCase {
   LatentOptionExpectation per_position, per_bit, batch_mean;
 };
 
+struct LatentLogProbabilityCase {
+  const char* name;
+  Exact exact;
+  int64_t latent_dim;
+  std::vector<double> z_logits;  ///< [N, latent_dim]
+  std::vector<int64_t> bits;     ///< [N, latent_dim]
+  std::vector<double> values;    ///< [N]
+  std::vector<double> gradient;  ///< of the sum, [N, latent_dim]
+};
+
+struct EvidenceBoundCase {
+  const char* name;
+  Exact exact;
+  int64_t samples, sequences, tokens, latent_dim;
+  std::vector<double> log_likelihood;  ///< [samples, sequences, tokens]
+  std::vector<int64_t> bits;           ///< [samples, sequences, tokens, latent_dim]
+  std::vector<double> z_logits;        ///< [sequences, tokens, latent_dim]
+  std::vector<double> prior_logits;    ///< [latent_dim] or empty
+  std::vector<double> negative_elbo;   ///< [sequences], with the first sample's likelihood
+  std::vector<double> importance_weighted;  ///< [sequences]
+};
+
 struct VAECase {
   const char* name;
   Exact exact;
@@ -691,6 +819,8 @@ def main():
         array("LatentCase", "latent_cases", latent_cases()),
         array("OptionCase", "option_cases", option_cases()),
         array("LatentOptionCase", "latent_option_cases", latent_option_cases()),
+        array("LatentLogProbabilityCase", "latent_log_probability_cases", latent_log_probability_cases()),
+        array("EvidenceBoundCase", "evidence_bound_cases", evidence_bound_cases()),
         array("VAECase", "vae_cases", vae_cases()),
     ]) + "\n}  // namespace reference\n")
 

@@ -2,6 +2,7 @@
 
 #include "free_transformer/vae_loss.hpp"
 #include "numeric.hpp"
+#include "operations.hpp"
 
 namespace {
 
@@ -194,4 +195,51 @@ TEST_CASE("The z-loss is shown apart where there is one, and joins", "[metrics]"
   CHECK_THAT(with.at("loss/reconstruction"),
              Catch::Matchers::WithinRel(metrics(0).at("loss/reconstruction") + expected, 1e-13));
   CHECK_THAT((metrics(0) + with).at("loss/z_loss"), Catch::Matchers::WithinRel(expected / 2, 1e-13));
+}
+
+TEST_CASE("The KL of each bit is shown where it is asked for, and joins", "[metrics]") {
+  const Batch whole(97);
+  const auto metrics = [](const Batch& batch, bool asked) {
+    const auto options = VAELossOptions().latent_dim(4).free_bits(0.5).kl_of_each_bit(asked);
+    return compute_vae_loss<BatchMean>(batch.logits, batch.targets, batch.z_logits, options).metrics;
+  };
+  const LossMetrics all = metrics(whole, true);
+  CHECK(metrics(whole, false).size() == names.size());
+  CHECK(all.size() == names.size() + 4);
+  double sum = 0;
+  for (int64_t bit = 0; bit < 4; ++bit) {
+    const std::string name = "latent/kl_bits/" + std::to_string(bit);
+    INFO(name);
+    CHECK((all.begin() + static_cast<std::ptrdiff_t>(names.size()) + bit)->first == name);
+    const Tensor p = whole.z_logits.select(-1, bit).sigmoid();
+    const Tensor kl = p * (2 * p).log() + (1 - p) * (2 * (1 - p)).log();  // some are 0 but for rounding: 1e-16 each
+    CHECK(std::abs(all.at(name) - kl.mean().item<double>() / std::log(2.0)) < 1e-15);
+    const LossMetrics joined = metrics(whole.part(0, 30), true) + metrics(whole.part(30, 97), true);
+    CHECK_THAT(joined.at(name), Catch::Matchers::WithinRel(all.at(name), 1e-13));
+    const LossMetrics by_one_that_asked = metrics(whole.part(0, 30), false) + metrics(whole.part(30, 97), true);
+    CHECK(by_one_that_asked.at(name) == joined.at(name));
+    sum += all.at(name);
+  }
+  CHECK_THAT(sum, Catch::Matchers::WithinRel(all.at("latent/kl_bits"), 1e-14));
+}
+
+TEST_CASE("Asking for the KL of each bit calls no further operation", "[metrics]") {
+  const Batch batch(9);
+  const auto operations = [&](bool asked) {
+    return operations_of([&] {
+      compute_vae_loss(batch.logits, batch.targets, batch.z_logits,
+                       VAELossOptions().latent_dim(4).kl_of_each_bit(asked));
+    });
+  };
+  CHECK(operations(true) == operations(false));
+}
+
+TEST_CASE("The KL of each bit counts the positions that the mask leaves", "[metrics]") {
+  const Tensor z_logits = tensor(std::vector<double>{3, 0, -3, 50}, {2, 2}), targets = indices({1, -100});
+  const auto options = VAELossOptions().latent_dim(2).mask_ignored_latents(true).kl_of_each_bit(true);
+  const auto metrics = compute_vae_loss(eighths({2, 5}), targets, z_logits, options).metrics;
+  const double p = 1 / (1 + std::exp(-3.0));
+  const double kl = std::log(2.0) + p * std::log(p) + (1 - p) * std::log(1 - p);
+  CHECK_THAT(metrics.at("latent/kl_bits/0"), Catch::Matchers::WithinRel(kl / std::log(2.0), 1e-14));
+  CHECK(metrics.at("latent/kl_bits/1") == 0);
 }
