@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
+#include <free_transformer/latent_code.hpp>
 #include <free_transformer/linear_logits.hpp>
 
-#include "binary_mapper.hpp"
 #include "layers.hpp"
 
 namespace example {
@@ -21,8 +21,8 @@ struct ModelOptions {
   int64_t blocks = 4;
   int64_t heads = 4;
   int64_t context = 128;
-  // The paper has 16. The gradient passes through all 2^H codes: with 1024 tokens a step and H = 16, the products with
-  // the code's embedding are 51 GFLOP, seven times the rest of the model; with H = 8 they are 3 % of it.
+  // The paper has 16. The gradient passes through all 2^H codes: with 1024 tokens a step and H = 16 that is a product of 17
+  // GFLOP, twice as much as the rest of the model; with H = 8 it is 1 % of it.
   int64_t latent_dim = 8;
 };
 
@@ -40,12 +40,9 @@ class FreeTransformerImpl : public torch::nn::Module {
         encoder_query_(register_parameter("encoder_query", torch::randn({1, 1, options.width}))),
         encoder_norm_(register_module("encoder_norm", RMSNorm(options.width))),
         encoder_head_(register_module("encoder_head", linear(options.width, options.latent_dim, /*scale=*/0.5))),
-        mapper_(register_module("mapper", BinaryMapper(options.latent_dim))),
-        code_embedding_(register_module("code_embedding", linear(mapper_->code_count(), options.width))),
+        codebook_(register_module("codebook", torch::nn::Embedding(code_count(), options.width))),
         norm_(register_module("norm", RMSNorm(options.width))),
         head_(register_module("head", linear(options.width, options.vocabulary, /*scale=*/0.5))) {
-    // A one-hot vector picks one row, so this layer starts like an embedding: its fan-in is 1, not the number of codes.
-    torch::nn::init::normal_(code_embedding_->weight);
     for (int64_t index = 0; index < options.blocks; ++index) {
       blocks_.push_back(register_module("block" + std::to_string(index), make_block(/*causal=*/true)));
     }
@@ -55,7 +52,8 @@ class FreeTransformerImpl : public torch::nn::Module {
   ModelOutput forward(const torch::Tensor& tokens) {
     const auto x = read(tokens);
     const auto z_logits = infer(x);
-    return {write(x, mapper_(z_logits)), z_logits};
+    const auto codes = sample_codes(z_logits);
+    return {write(x, free_transformer::map_latent_codes(z_logits, codes, codebook_->weight)), z_logits};
   }
 
   /// Logits of the next token at each position, [batch, positions, vocabulary].
@@ -65,16 +63,14 @@ class FreeTransformerImpl : public torch::nn::Module {
   free_transformer::LinearLogits fused_logits(const torch::Tensor& hidden) const { return {hidden, head_->weight}; }
 
   /// Codes, int64 [batch, positions], sampled from the posterior: what a prompt is read with.
-  torch::Tensor sample_posterior(const torch::Tensor& tokens) { return mapper_->sample_codes(infer(read(tokens))); }
+  torch::Tensor sample_posterior(const torch::Tensor& tokens) { return sample_codes(infer(read(tokens))); }
 
   /// Codes, int64 [batch, positions], sampled from the prior, which is uniform.
-  torch::Tensor sample_prior(at::IntArrayRef shape) const {
-    return torch::randint(mapper_->code_count(), shape, torch::kInt64);
-  }
+  torch::Tensor sample_prior(at::IntArrayRef shape) const { return torch::randint(code_count(), shape, torch::kInt64); }
 
   /// Logits of the next token at each position when the codes are given.
   torch::Tensor predict(const torch::Tensor& tokens, const torch::Tensor& codes) {
-    return logits(write(read(tokens), mapper_->one_hot(codes)));
+    return logits(write(read(tokens), codebook_(codes)));
   }
 
   const ModelOptions& options() const { return options_; }
@@ -83,6 +79,12 @@ class FreeTransformerImpl : public torch::nn::Module {
   Block make_block(bool causal) const { return Block(options_.width, options_.heads, options_.context, causal); }
 
   size_t middle() const { return blocks_.size() / 2; }
+
+  int64_t code_count() const { return int64_t{1} << options_.latent_dim; }
+
+  static torch::Tensor sample_codes(const torch::Tensor& z_logits) {
+    return free_transformer::pack_latent_bits(free_transformer::sample_latent_bits(z_logits));
+  }
 
   torch::Tensor read(const torch::Tensor& tokens) {
     auto x = embedding_(tokens);
@@ -98,8 +100,8 @@ class FreeTransformerImpl : public torch::nn::Module {
     return encoder_head_(encoder_norm_(encoder_->forward(queries, x)));
   }
 
-  torch::Tensor write(torch::Tensor x, const torch::Tensor& one_hot_codes) {
-    x = blocks_[middle()]->forward(x, x + code_embedding_(one_hot_codes));
+  torch::Tensor write(torch::Tensor x, const torch::Tensor& rows_of_codes) {
+    x = blocks_[middle()]->forward(x, x + rows_of_codes);
     for (size_t index = middle() + 1; index < blocks_.size(); ++index) {
       x = blocks_[index]->forward(x);
     }
@@ -113,8 +115,7 @@ class FreeTransformerImpl : public torch::nn::Module {
   torch::Tensor encoder_query_;
   RMSNorm encoder_norm_;
   torch::nn::Linear encoder_head_;
-  BinaryMapper mapper_;
-  torch::nn::Linear code_embedding_;
+  torch::nn::Embedding codebook_;
   RMSNorm norm_;
   torch::nn::Linear head_;
 };

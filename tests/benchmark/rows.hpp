@@ -249,6 +249,30 @@ inline void add_head_rows(std::vector<Comparison>& rows) {
   add(huge, 1024, torch::kBFloat16, "none", {{Ratio::memory_to_logits, 1.0 / 32}});
 }
 
+/// The binary mapper, forward and backward with both gradients, beside the one product that its backward cannot do without,
+/// into memory that is there.
+inline void add_mapper_row(std::vector<Comparison>& rows) {
+  constexpr Shape shape{1024, 65536};
+  constexpr int64_t latent_dim = 16, width = 512;
+  const auto prepare = [=] {
+    const Tensor z_logits = graph_input(torch::randn({shape.rows, latent_dim}));
+    const Tensor codebook = graph_input(torch::randn({shape.columns, width}));
+    const Tensor upstream = torch::randn({shape.rows, width});
+    Tensor product = torch::empty({shape.rows, shape.columns});
+    const auto ours = [=] {
+      const Tensor codes = free_transformer::pack_latent_bits(free_transformer::sample_latent_bits(z_logits));
+      free_transformer::map_latent_codes(z_logits, codes, codebook).backward(upstream);
+    };
+    const auto one_product = [=]() mutable {
+      const torch::NoGradGuard no_grad;
+      torch::mm_out(product, upstream, codebook.t());
+    };
+    return Work{ours, one_product, {}, product.nbytes(), codebook.nbytes() + z_logits.nbytes()};
+  };
+  rows.push_back({"binary mapper width 512", "one product", shape_name(shape), torch::kFloat,
+                  Requirements{{Ratio::ours_to_baseline, 1.3}, {Ratio::memory_to_logits, 1.0 / 16}}, prepare});
+}
+
 inline std::vector<Comparison> all_rows() {
   std::vector<Comparison> rows;
   add_plain_rows(rows);
@@ -256,6 +280,7 @@ inline std::vector<Comparison> all_rows() {
   add_option_rows(rows);
   add_model_rows(rows);
   add_head_rows(rows);
+  add_mapper_row(rows);
   return rows;
 }
 

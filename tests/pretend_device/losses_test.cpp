@@ -497,6 +497,55 @@ TEST_CASE("A device's blocks have thousands of tokens where the classes are few 
   CHECK(tokens(128256, 0, 0) == 1);
 }
 
+TEST_CASE("The latent code's tools on a device have the numbers of the CPU", "[device]") {
+  const Tensor z = eighths({2, 3, bits_of_latent}, torch::kDouble, 2) / 4;
+  const Tensor bits = eighths({2, 3, bits_of_latent}, torch::kDouble, 3) > 0, codes = pack_latent_bits(bits);
+  const Tensor of_device = on_device(bits);
+  CHECK(torch::equal(on_host(without_waiting([&] { return pack_latent_bits(of_device); })), codes));
+  CHECK(torch::equal(on_host(without_waiting([&] { return pack_latent_bits(of_device.to(torch::kInt)); })), codes));
+  const Tensor codes_of_device = on_device(codes);
+  const auto unpack = [&] { return unpack_latent_codes(codes_of_device, bits_of_latent); };
+  CHECK(torch::equal(on_host(without_waiting(unpack)), bits));
+  const Tensor sure = on_device((bits.to(torch::kFloat) * 2 - 1) * 50);
+  CHECK(torch::equal(on_host(without_waiting([&] { return sample_latent_bits(sure); })), bits));
+  // What is wrong is asserted by the device; this one does so at once.
+  CHECK(error_of([&] { sample_latent_bits(sure * not_a_number); }) != "");
+  CHECK(error_of([&] { pack_latent_bits(codes_of_device + 2); }) != "");
+  CHECK(error_of([&] { unpack_latent_codes(codes_of_device, 2); }) != "");
+
+  for (const auto type : all_types) {
+    INFO(type);
+    const auto log_probability = [&](const std::vector<Tensor>& inputs, const Place& place) {
+      return compute_latent_log_probability(inputs[0], place(bits));
+    };
+    check_same(log_probability, {z}, type, steps(bits_of_latent, type), 19);
+    const auto mapped = [&](const std::vector<Tensor>& inputs, const Place& place) {
+      return map_latent_codes(inputs[0], place(codes), inputs[1]).to(arithmetic(type));
+    };
+    const Tensor codebook = eighths({1 << bits_of_latent, width}, torch::kDouble, 4) / 8;
+    check_same(mapped, {z, codebook}, type, steps(32 + width, type), 19);
+  }
+}
+
+TEST_CASE("The bounds on the evidence on a device are those of the CPU", "[device]") {
+  const Tensor z = eighths({2, 3, bits_of_latent}, torch::kDouble, 2) / 4, likelihood = -eighths({4, 2, 3}).abs();
+  const Tensor bits = eighths({4, 2, 3, bits_of_latent}, torch::kDouble, 3) > 0, mask = token_weight > 0;
+  for (const auto type : all_types) {
+    INFO(type);
+    const auto bounds = [&](const Place& place, torch::ScalarType of_inputs) {
+      const auto put = [&](const Tensor& tensor) { return place(tensor.to(of_inputs)); };
+      const auto options = EvidenceBoundOptions().token_mask(place(mask)).latent_mask(place(mask));
+      return compute_evidence_lower_bound(put(likelihood[0]), put(z), options) +
+             compute_importance_weighted_bound(put(likelihood), put(z), place(bits), options);
+    };
+    const EvidenceBound expected = bounds(stay, torch::kDouble);
+    const EvidenceBound actual = without_waiting([&] { return bounds(on_device, type); });
+    CHECK(difference(on_host(actual.nats), expected.nats, 1e-14, 40) == "");
+    CHECK(torch::equal(on_host(actual.tokens), expected.tokens));
+    CHECK(std::abs(actual.nats_per_token() - expected.nats_per_token()) < 1e-13);
+  }
+}
+
 // Each bound is what is counted today, on LibTorch 1.13 and 2.15 alike, with the ones that a backward starts from. The
 // aim of issue 12 is 30 for cross entropy, 20 for the KL, and for the fused head 12 a block and 30 beside. Half types
 // have their logits converted: 31. The KL's two forms and the sums of the metrics are more than 20.

@@ -15,6 +15,7 @@ using namespace free_transformer;
 struct Model {
   torch::Tensor forward(const torch::Tensor& tokens);
   std::pair<torch::Tensor, torch::Tensor> forward_with_latents(const torch::Tensor& tokens);
+  torch::Tensor decode(const torch::Tensor& tokens, const torch::Tensor& codes);
 };
 
 struct Batch {
@@ -24,7 +25,7 @@ struct Batch {
 extern Model* model;
 extern Model* decoder;
 extern std::vector<Batch> micro_batches;
-extern torch::Tensor logits, targets, z_logits, tokens, mask;
+extern torch::Tensor logits, targets, z_logits, tokens, mask, codebook;
 extern VAELossOptions options;
-extern int64_t padding;
+extern int64_t padding, step, bytes;
 extern double beta, kappa;
