@@ -173,8 +173,8 @@ TEST_CASE("log q of an impossible bit is -inf, of a sure one 0, and NaN stays Na
 
 TEST_CASE("The mapper is the plain formula for 1 to 12 bits", "[latent_code][mapper][gradient]") {
   for (int64_t latent_dim = 1; latent_dim <= 12; ++latent_dim) {
-    // From 11 bits on there are several blocks of codes, and 300 tokens are two blocks of tokens.
-    const int64_t tokens = latent_dim == 11 ? 300 : 7, width = 5;
+    // From 11 bits on there are several blocks of codes, and 600 tokens are two blocks of tokens.
+    const int64_t tokens = latent_dim == 11 ? 600 : 7, width = 5;
     INFO(latent_dim << " bits");
     const Tensor z_logits = leaf(2 * random({tokens, latent_dim}, 1)),
                  codebook = leaf(random({int64_t{1} << latent_dim, width}, 2));

@@ -71,9 +71,9 @@ inline int64_t low_bits_of(int64_t latent_dim) {
   return std::max(std::min<int64_t>(latent_dim, 10), (latent_dim + 1) / 2);
 }
 
-/// Tokens of a block: with fewer than 256 the product waits for the codebook, which every block reads.
+/// Tokens of a block: with fewer than 512 the product waits for the codebook, which every block reads.
 inline int64_t tokens_of_block(const at::Device& device, int64_t codes, int64_t width) {
-  return std::max<int64_t>(256, block_elements(device) / std::max(codes, width));
+  return std::max<int64_t>(512, block_elements(device) / std::max(codes, width));
 }
 
 /// The gradient of sum_t upstream_t sum_d G_td C_d by z_logits [N, H], in its shape and type; codebook [2^H, D], upstream
