@@ -9,6 +9,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <c10/util/intrusive_ptr.h>
 
 #include <cstdint>
 
@@ -115,7 +116,8 @@ inline at::Tensor map_latent_codes(const at::Tensor& z_logits, const at::Tensor&
   detail::check_z_logits(function, z_logits);
   detail::check_latent_dim(function, "the last size of z_logits", z_logits.size(-1));
   detail::check_codebook(function, codebook, z_logits);
-  return detail::BinaryMapperFunction::apply(z_logits, detail::checked_codes_of(function, codes, z_logits), codebook);
+  const at::Tensor indices = detail::checked_codes_of(function, codes, z_logits);
+  return detail::apply_in_graph(c10::make_intrusive<detail::BinaryMapper>(), z_logits, indices, codebook)[0];
 }
 
 inline at::Tensor straight_through_latent_bits(const at::Tensor& z_logits, const at::Tensor& bits) {

@@ -6,11 +6,11 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdint>
 
 #include "free_transformer/detail/arithmetic.hpp"
+#include "free_transformer/detail/autograd/graph_node.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/kernels/vector/large_pages.hpp"
 #include "free_transformer/detail/plain/code_expectation.hpp"
@@ -33,22 +33,21 @@ inline at::Tensor rows_summed_by_code(const at::Tensor& rows, const at::Tensor& 
   return result.index_add_(0, code_of_group, sums.to(rows.scalar_type()));
 }
 
-struct BinaryMapperFunction : torch::autograd::Function<BinaryMapperFunction> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& z_logits,
-                            const at::Tensor& codes, const at::Tensor& codebook) {
-    context->save_for_backward({z_logits, codes, codebook});
+struct BinaryMapper final : GraphOperation {
+  Tensors node_forward(Context& context, const Tensors& inputs) override {
+    context.save_for_backward(inputs);
+    const at::Tensor &codes = inputs[1], &codebook = inputs[2];
     auto shape = codes.sizes().vec();
     shape.push_back(codebook.size(1));
-    return codebook.index_select(0, codes.reshape({-1})).view(shape);
+    return {codebook.index_select(0, codes.reshape({-1})).view(shape)};
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 const torch::autograd::variable_list& upstream) {
+  Tensors node_backward(Context& context, const Tensors& upstream) override {
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "map_latent_codes: must not be differentiated twice (create_graph): its gradient has no graph");
-    const auto saved = context->get_saved_variables();
+    const auto saved = context.get_saved_variables();
     const at::Tensor &z_logits = saved[0], &codes = saved[1], &codebook = saved[2];
-    torch::autograd::variable_list gradients(3);
+    Tensors gradients(3);
     const at::Tensor rows = upstream[0].reshape({-1, codebook.size(1)});
     if (z_logits.requires_grad()) {
       const at::Tensor flat = z_logits.detach().reshape({-1, z_logits.size(-1)});
