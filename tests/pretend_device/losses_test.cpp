@@ -423,6 +423,26 @@ TEST_CASE("Sums of float16 gradients beyond the type's largest number are none o
   }
 }
 
+TEST_CASE("A gradient scaler's factor comes before float16 gradients of a head on a device are rounded", "[device]") {
+  // A normalizer of 2^30 makes gradients of less than 2^-25, half of float16's least number; the upstream undoes it.
+  const double factor = 1 << 30;
+  const Tensor states = hidden().to(torch::kHalf), weight = head_weight().to(torch::kHalf), beside = on_device(targets);
+  const auto options = ReconstructionLossOptions().normalizer(factor);
+  for (const int64_t tokens : {0, 2}) {
+    const std::vector<Tensor> inputs{leaf(on_device(states)), leaf(on_device(weight))};
+    const std::vector<Tensor> wide{leaf(states.to(torch::kDouble)), leaf(weight.to(torch::kDouble))};
+    const auto head = LinearLogits(inputs[0], inputs[1]).block_bytes(bytes_of(tokens, torch::kHalf));
+    const auto found = torch::autograd::grad({compute_reconstruction_loss(head, beside, options)}, inputs,
+                                             {on_device(torch::full({}, factor, torch::kFloat))});
+    const auto exact = torch::autograd::grad({compute_reconstruction_loss(LinearLogits(wide[0], wide[1]), targets,
+                                                                          ReconstructionLossOptions().normalizer(1))},
+                                             wide);
+    for (size_t index = 0; index < found.size(); ++index) {
+      CHECK(difference(on_host(found[index]), exact[index], steps_of_head(torch::kHalf), 1) == "");
+    }
+  }
+}
+
 TEST_CASE("Where half matrices have a float32 product the fused head loses nothing to its logits' type", "[device]") {
   const auto products = pretend_device::with_float_products();
   if (products == nullptr) return;  // not in this LibTorch

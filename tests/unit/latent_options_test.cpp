@@ -395,7 +395,7 @@ TEST_CASE("Options of the latent term that do not fit are refused", "[kl][option
         "prior_logits must be a dense (strided) tensor, got layout Sparse");
 }
 
-TEST_CASE("mask_ignored_latents refuses latents of other positions", "[vae][options][errors]") {
+TEST_CASE("mask_ignored_latents refuses latents of other positions", "[vae][options][errors][cpu]") {
   const auto error = [](const Tensor& z_logits, const KLDivergenceOptions& kl = {}) {
     const auto options = VAELossOptions().kl(KLDivergenceOptions(kl).latent_dim(3)).mask_ignored_latents(true);
     return error_of([&] {

@@ -439,7 +439,7 @@ TEST_CASE("One tensor as hidden and weight gets both gradients", "[linear][gradi
                    1) == "");
 }
 
-TEST_CASE("A fused head of half precision loses no more than eager does", "[linear][half][memcheck]") {
+TEST_CASE("A fused head of half precision loses no more than eager does", "[linear][half][memcheck][cpu]") {
   // LibTorch has no float16 products on every CPU, so eager's are computed in float32 and rounded, as a GPU does it.
   const auto type = GENERATE(torch::kHalf, torch::kBFloat16);
   const double scale = GENERATE(1.0, 3.0);
@@ -463,7 +463,7 @@ TEST_CASE("A fused head of half precision loses no more than eager does", "[line
   }
 }
 
-TEST_CASE("A scaled loss keeps float16 gradients from underflow", "[linear][half]") {
+TEST_CASE("A scaled loss keeps float16 gradients from underflow", "[linear][half][cpu]") {
   // The gradients of the unscaled loss are below float16's least number, 2^-24; a gradient scaler is there to save
   // them.
   torch::manual_seed(16);

@@ -54,7 +54,8 @@ class DeviceProducts {
     return at::addmm(right.narrow(0, 0, 1), left, right, /*beta=*/0, /*alpha=*/share());  // nothing is added
   }
 
-  /// A sum over thousands of tokens may be larger than any float16; a 64th of it is not, and costs no digits.
+  /// A sum over thousands of tokens may be larger than any float16, 65504; a 64th of it is not, and loses digits below
+  /// 2^-8 alone, where the probabilities of a float16 have lost theirs.
   double share() const { return type_ == at::kHalf ? 1.0 / 64 : 1.0; }
 
   /// Adds left right to a sum in the type of arithmetic, which is made if it is undefined.
