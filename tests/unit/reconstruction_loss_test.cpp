@@ -378,7 +378,7 @@ TEST_CASE("Targets that are changed after the loss do not change its gradient", 
   CHECK(same_bits(gradient(loss, logits, {}, /*create_graph=*/true), second_before));
 }
 
-TEST_CASE("A source of logits of one's own is found in its namespace, and gets its gradient", "[reconstruction]") {
+TEST_CASE("A source of logits of one's own is found in its namespace, and gets its gradient", "[reconstruction][cpu]") {
   const Tensor logits = leaf(eighths({4, 6}));
   const Tensor targets = tensor(std::vector<int64_t>{5, -100, 0, 2}, {4});
   const Tensor loss = compute_reconstruction_loss(user::TemperedLogits{logits, 2.0}, targets);

@@ -156,7 +156,7 @@ TEST_CASE("Statistics have no graph and do not depend on reduction and normalize
   }
 }
 
-TEST_CASE("Statistics refuse what the loss refuses, under their own name", "[statistics][errors]") {
+TEST_CASE("Statistics refuse what the loss refuses, under their own name", "[statistics][errors][cpu]") {
   const Tensor logits = eighths({2, 5});
   CHECK(error_of([&] {
           compute_token_statistics(logits, torch::tensor({0, 5}));

@@ -302,7 +302,7 @@ inline CrossEntropyRows all_rows_in_few_operations(const at::Tensor& logits, con
 inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const CrossEntropySettings& settings,
                                              const CrossEntropyPositions& positions, const at::Tensor& gradient,
                                              const at::Tensor& upstream, const WantedOfRows& wanted) {
-  if (takes_few_operations(logits, settings, wanted)) {
+  if (takes_few_operations(logits, settings, wanted) && !wanted.each) {  // each position's loss to its last digits
     CrossEntropyOfRows result;
     result.rows = all_rows_in_few_operations(logits, positions, gradient, upstream, wanted);
     if (wanted.sums) result.sums = reconstruction_sums(result.rows, settings, positions);
