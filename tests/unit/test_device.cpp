@@ -2,7 +2,10 @@
 #define CATCH_CONFIG_EXTERNAL_INTERFACES  // of Catch2 2, which the precompiled header leaves out
 #include "test_device.hpp"
 
+#include <cstdlib>
+#include <exception>
 #include <iostream>
+#include <string>
 
 #include "catch.hpp"
 
@@ -23,7 +26,8 @@ struct DeviceListener : ListenerBase {
       if (numeric::test_device()) torch::ones({1}).to(*numeric::test_device()).add_(1);
     } catch (const std::exception& error) {
       constexpr int is_skipped = 77;
-      std::cout << "skipped: no device (" << std::string(error.what()).substr(0, 200) << ")" << std::endl;
+      const std::string text = error.what();
+      std::cout << "skipped: no device (" << text.substr(0, text.find('\n')) << ")" << std::endl;
       std::_Exit(is_skipped);
     }
   }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <fstream>
 #include <functional>
 #include <iostream>
@@ -38,6 +39,11 @@ Arguments arguments_of(int count, char** values) {
     if (name == "--csv") arguments.csv = value;
   }
   return arguments;
+}
+
+std::string first_line(const std::exception& error) {
+  const std::string text = error.what();
+  return text.substr(0, text.find('\n'));
 }
 
 /// One task: a call returns something whose first number is there when the work is done.
@@ -139,7 +145,7 @@ void print(const Row& row, std::ofstream& csv) {
     try {
       return milliseconds(call);
     } catch (const c10::Error& error) {  // of memory, most likely: the other columns are worth something without it
-      std::cerr << std::string(error.what()).substr(0, 200) << '\n';
+      std::cerr << first_line(error) << '\n';
       return std::nan("");
     }
   };
@@ -163,7 +169,7 @@ int main(int count, char** values) {
     options = options.device(torch::Device(arguments.device));
     wait_for(torch::ones({1}).to(options.device()).add_(1));
   } catch (const std::exception& error) {
-    std::cout << "skipped: no device (" << std::string(error.what()).substr(0, 200) << ")" << std::endl;
+    std::cout << "skipped: no device (" << first_line(error) << ")" << std::endl;
     return 0;
   }
   std::ofstream csv;
