@@ -143,12 +143,14 @@ TEST_CASE("Metrics carry no graph, and what happens to the inputs later does not
 TEST_CASE("Reductions do not change the metrics", "[metrics]") {
   const Batch batch(9);
   const LossMetrics expected = batch.metrics<PerPosition>();
+  // A device takes a shorter way to a loss that is reduced, through a logarithm of its odds.
+  const double relative = test_device() ? 16 * epsilon(torch::kDouble) : 0;
   for (const Reduction& reduction : {Reduction(torch::kSum), Reduction(torch::kNone)}) {
     const auto options = VAELossOptions()
                              .reconstruction(ReconstructionLossOptions().reduction(reduction))
                              .kl(KLDivergenceOptions().latent_dim(4).free_bits(0.5).reduction(reduction))
                              .beta_kl(0.5);
-    check_same(compute_vae_loss(batch.logits, batch.targets, batch.z_logits, options).metrics, expected, 0);
+    check_same(compute_vae_loss(batch.logits, batch.targets, batch.z_logits, options).metrics, expected, relative);
   }
 }
 
