@@ -21,10 +21,10 @@ inline std::string quote(const std::string& argument) {
 }  // namespace detail
 
 /// Returns whether there is a picture now; there is none without gnuplot.
-inline bool draw_training(const std::filesystem::path& log, const std::filesystem::path& picture, double free_bits) {
+inline bool draw_training(const std::filesystem::path& log, const std::filesystem::path& picture) {
   const auto script = std::filesystem::path(__FILE__).parent_path() / "plot_training.gp";
   const auto command = "gnuplot -c " + detail::quote(script.string()) + " " + detail::quote(log.string()) + " " +
-                       detail::quote(picture.string()) + " " + std::to_string(free_bits);
+                       detail::quote(picture.string());
   return std::system((command + " 2>/dev/null").c_str()) == 0;
 }
 

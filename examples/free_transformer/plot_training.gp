@@ -1,9 +1,8 @@
-# gnuplot -c plot_training.gp training_log.csv training.svg free_bits
-# What is minimised and what it is made of, in nats; below it the latent KL and its budget of free_bits, in bits.
+# gnuplot -c plot_training.gp training_log.csv training.svg
+# What is minimised and what it is made of, in nats; below it the latent KL and its free bits.
 set datafile separator ','
 set terminal svg size 900,700 background 'white' font 'sans-serif,14' noenhanced
 set output ARG2
-free_bits = real(ARG3)
 
 # Okabe and Ito's colours, which differ in lightness, too
 bound_colour = '#d55e00'
@@ -34,5 +33,5 @@ set format x '%g'
 set yrange [0:*]
 set offsets 0,0,graph 0.08,0
 plot ARG1 using 'step':'latent/kl_bits' with lines linewidth 2 linecolor rgb bound_colour title 'latent KL', \
-     free_bits with lines linewidth 2 dashtype 2 linecolor rgb part_colour title sprintf('free: %g bits', free_bits)
+     ARG1 using 'step':'free_bits' with lines linewidth 2 dashtype 2 linecolor rgb part_colour title 'free bits'
 unset multiplot

@@ -31,7 +31,13 @@ class Stopwatch {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-/// One row for each report: step, every metric of the loss, seconds.
+/// beta and the free bits, in bits a byte, that a step was trained with.
+struct Balance {
+  double beta;
+  double free_bits;
+};
+
+/// One row for each report: step, every metric of the loss, what the schedules gave in its last step, seconds.
 class TrainingLog {
  public:
   explicit TrainingLog(const std::filesystem::path& file) : stream_(file) {
@@ -41,7 +47,7 @@ class TrainingLog {
     stream_.precision(9);  // enough to tell any two floats apart
   }
 
-  void write(const Progress& progress, const free_transformer::LossMetrics& metrics) {
+  void write(const Progress& progress, const free_transformer::LossMetrics& metrics, const Balance& balance) {
     if (stream_.tellp() == 0) {
       write_header(metrics);
     }
@@ -49,7 +55,8 @@ class TrainingLog {
     for (const auto& [key, value] : metrics) {
       stream_ << ',' << value;
     }
-    stream_ << ',' << progress.seconds << std::endl;  // flushed: an interrupted run keeps its log
+    stream_ << ',' << balance.beta << ',' << balance.free_bits << ',' << progress.seconds
+            << std::endl;  // flushed: an interrupted run keeps its log
   }
 
  private:
@@ -58,7 +65,7 @@ class TrainingLog {
     for (const auto& [key, value] : metrics) {
       stream_ << ',' << key;
     }
-    stream_ << ",seconds\n";
+    stream_ << ",beta,free_bits,seconds\n";
   }
 
   std::ofstream stream_;

@@ -8,7 +8,10 @@
 #include <string>
 #include <vector>
 
+#include <free_transformer/schedules.hpp>
+
 #include "model.hpp"
+#include "schedule_option.hpp"
 
 namespace example {
 
@@ -17,8 +20,9 @@ struct Settings {
   std::filesystem::path output_folder = "free_transformer_output";
   ModelOptions model;
 
-  double beta_kl = 1.0;
-  double free_bits = 0.25;
+  free_transformer::Schedule beta = 1.0;
+  free_transformer::Schedule free_bits = 0.25;  // of a byte, in bits
+  bool kl_of_each_bit = false;
 
   bool fused_head = false;
 
@@ -62,9 +66,9 @@ inline void add_model_options(CLI::App& app, ModelOptions& model) {
 }
 
 inline void add_training_options(CLI::App& app, Settings& settings) {
-  app.add_option("--beta-kl", settings.beta_kl, "Weight of the latent KL")->check(CLI::NonNegativeNumber);
-  app.add_option("--free-bits", settings.free_bits, "Bits of KL a byte that cost nothing")
-      ->check(CLI::NonNegativeNumber);
+  add_schedule(app, "--beta,--beta-kl", settings.beta, "Weight of the latent KL: " + schedule_forms());
+  add_schedule(app, "--free-bits", settings.free_bits, "Bits of KL a byte that cost nothing, in the same forms");
+  app.add_flag("--kl-of-each-bit", settings.kl_of_each_bit, "Log the KL of each latent bit, too");
   app.add_flag("--fused-head", settings.fused_head, "Make the logits inside the loss, some tokens at a time");
   app.add_option("--steps", settings.steps, "Steps of the optimizer")->check(CLI::PositiveNumber);
   app.add_option("--batch-size", settings.batch_size, "Windows a step")->check(CLI::PositiveNumber);

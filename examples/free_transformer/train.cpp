@@ -11,6 +11,7 @@
 #include <free_transformer/losses.hpp>
 
 #include "generation.hpp"
+#include "latent_warnings.hpp"
 #include "model.hpp"
 #include "optimizer.hpp"
 #include "plot.hpp"
@@ -25,10 +26,15 @@ using free_transformer::FreeTransformerLoss;
 using free_transformer::LossMetrics;
 
 FreeTransformerLoss make_criterion(const Settings& settings) {
-  return FreeTransformerLoss(free_transformer::VAELossOptions()
-                                 .latent_dim(settings.model.latent_dim)
-                                 .beta_kl(settings.beta_kl)
-                                 .free_bits(free_transformer::bits(settings.free_bits)));
+  return FreeTransformerLoss(
+      free_transformer::VAELossOptions().latent_dim(settings.model.latent_dim).kl_of_each_bit(settings.kl_of_each_bit));
+}
+
+/// Gives the loss what the schedules have for a step, 0 being the first.
+Balance set_balance(FreeTransformerLoss& criterion, const Settings& settings, int64_t step) {
+  const Balance balance{settings.beta(step), settings.free_bits(step)};
+  criterion->options.beta_kl(balance.beta).free_bits(free_transformer::bits(balance.free_bits));
+  return balance;
 }
 
 /// The head fused with the loss gives the numbers of dense logits, to rounding.
@@ -50,10 +56,12 @@ void train(FreeTransformer& model, const Text& text, const Settings& settings, T
   auto criterion = make_criterion(settings);
   Optimizer optimizer(*model, settings.learning_rate);
   ProgressLine line;
+  LatentWatch watch;
   LossMetrics metrics;
   const Stopwatch stopwatch;
   double done = 0.0;
   for (int64_t step = 1; done < 1.0; ++step) {
+    const auto balance = set_balance(criterion, settings, step - 1);
     const auto batch = text.random_batch(settings.batch_size);
     const auto [loss, step_metrics] = loss_of(model, criterion, batch, settings.fused_head);
     loss.backward();
@@ -63,8 +71,9 @@ void train(FreeTransformer& model, const Text& text, const Settings& settings, T
     done = part_done(settings, step, stopwatch.seconds());
     if (step % steps_a_report == 0 || done >= 1.0) {
       const Progress progress{step, settings.steps, step * batch.tokens.numel(), stopwatch.seconds(), done};
-      log.write(progress, metrics);
+      log.write(progress, metrics, balance);
       line.show(progress, metrics);
+      watch.look(metrics, balance.free_bits, step);
       metrics = LossMetrics();
     }
   }
@@ -88,8 +97,8 @@ void report_evaluation(const LossMetrics& metrics) {
       metrics.at("latent/kl_bits"));
 }
 
-void draw(const std::filesystem::path& log, const std::filesystem::path& picture, double free_bits) {
-  if (draw_training(log, picture, free_bits)) {
+void draw(const std::filesystem::path& log, const std::filesystem::path& picture) {
+  if (draw_training(log, picture)) {
     std::printf("curves: %s, drawn from %s\n", picture.c_str(), log.c_str());
   } else {
     std::printf("no picture, as gnuplot is missing or failed; the curves are in %s\n", log.c_str());
@@ -123,7 +132,7 @@ void run(const Settings& settings) {
   TrainingLog log(log_file);
   train(model, training_text, settings, log);
   report_evaluation(evaluate(model, held_out_text, settings));
-  draw(log_file, settings.output_folder / "training.svg", settings.free_bits);
+  draw(log_file, settings.output_folder / "training.svg");
   const auto sample = continue_text(model, settings.prompt, settings.sample_bytes);
   std::printf("\nA sample, its codes drawn from the prior:\n%s\n", without_control_characters(sample).c_str());
 }
