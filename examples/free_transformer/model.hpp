@@ -24,6 +24,17 @@ struct ModelOptions {
   // The paper has 16. The gradient passes through all 2^H codes: with 1024 tokens a step and H = 16 that is a product of 17
   // GFLOP, twice as much as the rest of the model; with H = 8 it is 1 % of it.
   int64_t latent_dim = 8;
+
+  /// Each option with its name: visit(name, option).
+  template <typename Options, typename Visit>
+  static void for_each(Options& options, const Visit& visit) {
+    visit("vocabulary", options.vocabulary);
+    visit("width", options.width);
+    visit("blocks", options.blocks);
+    visit("heads", options.heads);
+    visit("context", options.context);
+    visit("latent_dim", options.latent_dim);
+  }
 };
 
 struct ModelOutput {

@@ -35,6 +35,9 @@ class Optimizer {
     adam_.zero_grad();
   }
 
+  void save(torch::serialize::OutputArchive& archive) const { adam_.save(archive); }
+  void load(torch::serialize::InputArchive& archive) { adam_.load(archive); }
+
  private:
   /// Gains and biases have no reason to be small: weight decay is for matrices.
   static std::vector<torch::optim::OptimizerParamGroup> groups(const std::vector<torch::Tensor>& parameters,

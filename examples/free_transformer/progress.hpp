@@ -1,4 +1,4 @@
-/// What is shown and what is written down while the model trains.
+/// What is shown while the model trains.
 #pragma once
 
 #include <unistd.h>
@@ -6,11 +6,8 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <filesystem>
-#include <fstream>
-#include <stdexcept>
 
-#include <free_transformer/losses.hpp>
+#include <free_transformer/loss_metrics.hpp>
 
 namespace example {
 
@@ -25,50 +22,16 @@ struct Progress {
 
 class Stopwatch {
  public:
-  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+  /// Goes on from the seconds of an earlier run.
+  explicit Stopwatch(double seconds) : earlier_(seconds) {}
+
+  double seconds() const {
+    return earlier_ + std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
 
  private:
+  double earlier_;
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
-/// beta and the free bits, in bits a byte, that a step was trained with.
-struct Balance {
-  double beta;
-  double free_bits;
-};
-
-/// One row for each report: step, every metric of the loss, what the schedules gave in its last step, seconds.
-class TrainingLog {
- public:
-  explicit TrainingLog(const std::filesystem::path& file) : stream_(file) {
-    if (!stream_) {
-      throw std::runtime_error("cannot write " + file.string());
-    }
-    stream_.precision(9);  // enough to tell any two floats apart
-  }
-
-  void write(const Progress& progress, const free_transformer::LossMetrics& metrics, const Balance& balance) {
-    if (stream_.tellp() == 0) {
-      write_header(metrics);
-    }
-    stream_ << progress.step;
-    for (const auto& [key, value] : metrics) {
-      stream_ << ',' << value;
-    }
-    stream_ << ',' << balance.beta << ',' << balance.free_bits << ',' << progress.seconds
-            << std::endl;  // flushed: an interrupted run keeps its log
-  }
-
- private:
-  void write_header(const free_transformer::LossMetrics& metrics) {
-    stream_ << "step";
-    for (const auto& [key, value] : metrics) {
-      stream_ << ',' << key;
-    }
-    stream_ << ",beta,free_bits,seconds\n";
-  }
-
-  std::ofstream stream_;
 };
 
 /// Loss and reconstruction in nats, KL in bits, tokens a second, time left.

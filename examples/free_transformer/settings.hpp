@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -36,10 +37,29 @@ struct Settings {
   // waits keeps the core busy that the other one needs; where OMP_WAIT_POLICY=PASSIVE lets it sleep, two to five times.
   int threads = 1;
 
+  int64_t validate_every = 200;
+  int64_t validation_batches = 8;
+  int64_t checkpoint_every = 200;
+  bool resume = false;
+
   int64_t evaluation_batches = 64;
   std::string prompt = "#include <";
   int64_t sample_bytes = 500;
 };
+
+/// All that the numbers of a training depend on, but for the text and the threads; one line a setting.
+inline std::string settings_of_numbers(const Settings& settings) {
+  std::ostringstream text;
+  text.precision(17);  // enough to tell any two numbers apart
+  ModelOptions::for_each(settings.model, [&](const char* name, auto value) { text << name << ' ' << value << '\n'; });
+  text << "beta " << settings.beta << "\nfree_bits " << settings.free_bits << "\nkl_of_each_bit "
+       << settings.kl_of_each_bit << "\nfused_head " << settings.fused_head << "\nsteps " << settings.steps
+       << "\nbatch_size " << settings.batch_size << "\nlearning_rate " << settings.learning_rate << "\nminutes "
+       << settings.minutes << "\nseed " << settings.seed << "\nvalidate_every " << settings.validate_every
+       << "\nvalidation_batches " << settings.validation_batches << "\ncheckpoint_every " << settings.checkpoint_every
+       << '\n';
+  return text.str();
+}
 
 inline std::string not_empty(const std::string& value) { return value.empty() ? "must not be empty" : ""; }
 
@@ -79,6 +99,14 @@ inline void add_training_options(CLI::App& app, Settings& settings) {
   app.add_option("--seed", settings.seed, "Same seed, threads and steps: same numbers");
   app.add_option("--threads", settings.threads, "Threads that compute; more than one need cores of their own")
       ->check(CLI::PositiveNumber);
+  app.add_option("--validate-every", settings.validate_every,
+                 "Steps from one look at held-out text to the next; 0: none")
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--validation-batches", settings.validation_batches, "Held-out batches of such a look")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--checkpoint-every", settings.checkpoint_every, "Steps from one checkpoint to the next; 0: none")
+      ->check(CLI::NonNegativeNumber);
+  app.add_flag("--resume", settings.resume, "Go on from the last checkpoint in the output folder, if there is one");
   app.add_option("--evaluation-batches", settings.evaluation_batches, "Held-out batches")->check(CLI::PositiveNumber);
 }
 

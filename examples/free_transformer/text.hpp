@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "fingerprint.hpp"
+
 namespace example {
 
 struct Batch {
@@ -62,6 +64,9 @@ class Text {
   }
 
   int64_t size() const { return bytes_.size(0); }
+
+  /// Differs, but for chance, where a byte does.
+  uint64_t fingerprint() const { return example::fingerprint(bytes_.data_ptr(), static_cast<size_t>(size())); }
 
  private:
   int64_t last_start() const { return size() - window_.size(0); }

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "fingerprint.hpp"
+
 namespace example {
 
 struct TextFiles {
@@ -18,7 +20,7 @@ struct TextFiles {
 
 namespace detail {
 
-/// Files by their canonical path, so that none is counted twice and thus on both sides; the value is the name to hash.
+/// Files by their canonical path, so that none is counted twice and thus on both sides; the value is the name to be sorted by.
 using FileNames = std::map<std::filesystem::path, std::string>;
 
 inline void add_files(const std::filesystem::path& path, FileNames& names) {
@@ -36,18 +38,9 @@ inline void add_files(const std::filesystem::path& path, FileNames& names) {
   }
 }
 
-/// FNV-1a: unlike std::hash, the same with every compiler.
-inline uint64_t hash(const std::string& text) {
-  uint64_t value = 14695981039346656037U;
-  for (const char character : text) {
-    value = (value ^ static_cast<unsigned char>(character)) * 1099511628211U;
-  }
-  return value;
-}
-
 }  // namespace detail
 
-/// Every regular file at or below the paths; the tenth with the smallest hashes of their relative names is held out.
+/// Every regular file at or below the paths; the tenth with the smallest fingerprints of their relative names is held out.
 inline TextFiles find_text_files(const std::vector<std::filesystem::path>& paths) {
   detail::FileNames names;
   for (const auto& path : paths) {
@@ -59,13 +52,13 @@ inline TextFiles find_text_files(const std::vector<std::filesystem::path>& paths
   }
   std::vector<std::pair<uint64_t, std::filesystem::path>> shuffled;
   for (const auto& [path, name] : names) {
-    shuffled.emplace_back(detail::hash(name), path);
+    shuffled.emplace_back(fingerprint(name.data(), name.size()), path);
   }
   std::sort(shuffled.begin(), shuffled.end());
 
   TextFiles files;
   const auto held_out = (shuffled.size() + 9) / 10;
-  for (const auto& [hash, path] : shuffled) {
+  for (const auto& [number, path] : shuffled) {
     (files.held_out.size() < held_out ? files.held_out : files.training).push_back(path);
   }
   return files;

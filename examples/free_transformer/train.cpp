@@ -3,94 +3,26 @@
 
 #include <CLI/CLI.hpp>
 
-#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <string>
 
-#include <free_transformer/losses.hpp>
+#include <free_transformer/loss_metrics.hpp>
 
+#include "checkpoint.hpp"
 #include "generation.hpp"
-#include "latent_warnings.hpp"
 #include "model.hpp"
 #include "optimizer.hpp"
 #include "plot.hpp"
-#include "progress.hpp"
 #include "settings.hpp"
 #include "text.hpp"
 #include "text_files.hpp"
+#include "training.hpp"
 
 namespace example {
 
-using free_transformer::FreeTransformerLoss;
-using free_transformer::LossMetrics;
-
-FreeTransformerLoss make_criterion(const Settings& settings) {
-  return FreeTransformerLoss(
-      free_transformer::VAELossOptions().latent_dim(settings.model.latent_dim).kl_of_each_bit(settings.kl_of_each_bit));
-}
-
-/// Gives the loss what the schedules have for a step, 0 being the first.
-Balance set_balance(FreeTransformerLoss& criterion, const Settings& settings, int64_t step) {
-  const Balance balance{settings.beta(step), settings.free_bits(step)};
-  criterion->options.beta_kl(balance.beta).free_bits(free_transformer::bits(balance.free_bits));
-  return balance;
-}
-
-/// The head fused with the loss gives the numbers of dense logits, to rounding.
-free_transformer::VAELossOutput loss_of(FreeTransformer& model, FreeTransformerLoss& criterion, const Batch& batch,
-                                        bool fused_head) {
-  const auto output = model(batch.tokens);
-  return fused_head ? criterion(model->fused_logits(output.hidden), batch.targets, output.z_logits)
-                    : criterion(model->logits(output.hidden), batch.targets, output.z_logits);
-}
-
-/// Part of the training that is done: of the steps, or of the minutes if they run out sooner.
-double part_done(const Settings& settings, int64_t step, double seconds) {
-  const auto of_steps = static_cast<double>(step) / static_cast<double>(settings.steps);
-  return settings.minutes > 0.0 ? std::min(1.0, std::max(of_steps, seconds / (60.0 * settings.minutes))) : of_steps;
-}
-
-void train(FreeTransformer& model, const Text& text, const Settings& settings, TrainingLog& log) {
-  constexpr int64_t steps_a_report = 10;
-  auto criterion = make_criterion(settings);
-  Optimizer optimizer(*model, settings.learning_rate);
-  ProgressLine line;
-  LatentWatch watch;
-  LossMetrics metrics;
-  const Stopwatch stopwatch;
-  double done = 0.0;
-  for (int64_t step = 1; done < 1.0; ++step) {
-    const auto balance = set_balance(criterion, settings, step - 1);
-    const auto batch = text.random_batch(settings.batch_size);
-    const auto [loss, step_metrics] = loss_of(model, criterion, batch, settings.fused_head);
-    loss.backward();
-    optimizer.step(done);
-
-    metrics += step_metrics;
-    done = part_done(settings, step, stopwatch.seconds());
-    if (step % steps_a_report == 0 || done >= 1.0) {
-      const Progress progress{step, settings.steps, step * batch.tokens.numel(), stopwatch.seconds(), done};
-      log.write(progress, metrics, balance);
-      line.show(progress, metrics);
-      watch.look(metrics, balance.free_bits, step);
-      metrics = LossMetrics();
-    }
-  }
-}
-
-LossMetrics evaluate(FreeTransformer& model, const Text& text, const Settings& settings) {
-  torch::NoGradGuard no_grad;
-  auto criterion = make_criterion(settings);
-  LossMetrics metrics;
-  for (int64_t index = 0; index < settings.evaluation_batches; ++index) {
-    const auto batch = text.even_batch(settings.batch_size, index, settings.evaluation_batches);
-    metrics += loss_of(model, criterion, batch, settings.fused_head).metrics;
-  }
-  return metrics;
-}
-
-void report_evaluation(const LossMetrics& metrics) {
+void report_evaluation(const free_transformer::LossMetrics& metrics) {
   std::printf(
       "held-out files: bound/elbo %.4f nats a byte (%.4f bits), reconstruction %.4f nats, latent KL %.4f bits\n",
       metrics.at("bound/elbo"), metrics.at("bound/elbo_bits"), metrics.at("loss/reconstruction"),
@@ -102,6 +34,28 @@ void draw(const std::filesystem::path& log, const std::filesystem::path& picture
     std::printf("curves: %s, drawn from %s\n", picture.c_str(), log.c_str());
   } else {
     std::printf("no picture, as gnuplot is missing or failed; the curves are in %s\n", log.c_str());
+  }
+}
+
+/// The text is known by its size and fingerprint.
+std::string settings_text(const Settings& settings, const Text& training, const Text& held_out) {
+  std::string text = settings_of_numbers(settings);
+  for (const auto* part : {&training, &held_out}) {
+    text +=
+        "text of " + std::to_string(part->size()) + " bytes, fingerprint " + std::to_string(part->fingerprint()) + '\n';
+  }
+  return text;
+}
+
+/// Takes up the last checkpoint if that is asked for, or clears the folder for a new training.
+void begin_or_resume(const Settings& settings, TrainingState& state, const std::string& text) {
+  std::filesystem::create_directories(settings.output_folder);
+  if (!settings.resume) {
+    remove_checkpoints(settings.output_folder);
+  } else if (load_checkpoint(settings.output_folder, state, text)) {
+    std::printf("going on after step %lld\n", static_cast<long long>(state.step));
+  } else {
+    std::printf("no checkpoint in %s: a new training\n", settings.output_folder.c_str());
   }
 }
 
@@ -127,12 +81,15 @@ void run(const Settings& settings) {
               at::get_num_threads());
   announce_length(settings);
 
-  std::filesystem::create_directories(settings.output_folder);
-  const auto log_file = settings.output_folder / "training_log.csv";
-  TrainingLog log(log_file);
-  train(model, training_text, settings, log);
-  report_evaluation(evaluate(model, held_out_text, settings));
-  draw(log_file, settings.output_folder / "training.svg");
+  Optimizer optimizer(*model, settings.learning_rate);
+  TrainingState state{model, optimizer};
+  const auto text = settings_text(settings, training_text, held_out_text);
+  begin_or_resume(settings, state, text);
+  Training(settings, training_text, held_out_text, state, text).run();
+
+  auto criterion = make_criterion(settings);
+  report_evaluation(validate(model, criterion, held_out_text, settings, settings.evaluation_batches));
+  draw(settings.output_folder / "training_log.csv", settings.output_folder / "training.svg");
   const auto sample = continue_text(model, settings.prompt, settings.sample_bytes);
   std::printf("\nA sample, its codes drawn from the prior:\n%s\n", without_control_characters(sample).c_str());
 }
