@@ -13,7 +13,7 @@ fail() {
 train() {
   folder=$1
   shift
-  $starter "$program" resume_text --output-folder "$folder" --steps 300 --minutes 0 --width 16 --blocks 2 --heads 2 --context 16 \
+  $starter "$program" resume_text --output-folder "$folder" --steps 200 --minutes 0 --width 16 --blocks 2 --heads 2 --context 16 \
     --batch-size 2 --latent-dim 4 --beta cosine:0:1:200 --checkpoint-every 7 --validate-every 9 --validation-batches 2 \
     --evaluation-batches 2 --sample-bytes 1 "$@" >"$folder.out" 2>"$folder.err"
 }
@@ -21,7 +21,7 @@ train() {
 # Every column but the last one, which is the time.
 log_of() { sed 's/,[^,]*$//' "$1/training_log.csv"; }
 
-is_unfinished() { ! grep -q '^300,' "$1/training_log.csv"; }
+is_unfinished() { ! grep -q '^200,' "$1/training_log.csv"; }
 
 # Kills the training once it has saved the checkpoint after the one that is there. Fails if it was over sooner.
 train_and_kill() {

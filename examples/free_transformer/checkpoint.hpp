@@ -95,6 +95,23 @@ inline void check_same_settings(const std::string& saved, const std::string& ask
 
 }  // namespace detail
 
+/// The model of a checkpoint, with the options that it has there.
+inline FreeTransformer load_model(const std::filesystem::path& file) {
+  torch::serialize::InputArchive archive, weights;
+  try {
+    archive.load_from(file.string());
+  } catch (const std::exception&) {
+    throw std::runtime_error(file.string() + " is no complete checkpoint; train writes them");
+  }
+  ModelOptions options;
+  ModelOptions::for_each(options,
+                         [&](const char* name, int64_t& value) { value = detail::read_value(archive, name).toInt(); });
+  FreeTransformer model(options);
+  archive.read("model", weights);
+  model->load(weights);
+  return model;
+}
+
 /// Returns whether there was a checkpoint. Throws if it was made with other settings.
 inline bool load_checkpoint(const std::filesystem::path& folder, TrainingState& state, const std::string& settings) {
   auto archive = find_checkpoint(folder);

@@ -73,8 +73,11 @@ class FreeTransformerImpl : public torch::nn::Module {
   /// The same logits for the loss, which makes them some tokens at a time and never holds them all.
   free_transformer::LinearLogits fused_logits(const torch::Tensor& hidden) const { return {hidden, head_->weight}; }
 
+  /// The encoder's logits of the latent bits, [batch, positions, latent_dim].
+  torch::Tensor posterior(const torch::Tensor& tokens) { return infer(read(tokens)); }
+
   /// Codes, int64 [batch, positions], sampled from the posterior: what a prompt is read with.
-  torch::Tensor sample_posterior(const torch::Tensor& tokens) { return sample_codes(infer(read(tokens))); }
+  torch::Tensor sample_posterior(const torch::Tensor& tokens) { return sample_codes(posterior(tokens)); }
 
   /// Codes, int64 [batch, positions], sampled from the prior, which is uniform.
   torch::Tensor sample_prior(at::IntArrayRef shape) const { return torch::randint(code_count(), shape, torch::kInt64); }

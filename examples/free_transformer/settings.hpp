@@ -16,9 +16,12 @@
 
 namespace example {
 
+inline std::filesystem::path default_output_folder() { return "free_transformer_output"; }
+inline std::string default_prompt() { return "#include <"; }
+
 struct Settings {
   std::vector<std::filesystem::path> text;
-  std::filesystem::path output_folder = "free_transformer_output";
+  std::filesystem::path output_folder = default_output_folder();
   ModelOptions model;
 
   free_transformer::Schedule beta = 1.0;
@@ -43,7 +46,7 @@ struct Settings {
   bool resume = false;
 
   int64_t evaluation_batches = 64;
-  std::string prompt = "#include <";
+  std::string prompt = default_prompt();
   int64_t sample_bytes = 500;
 };
 
@@ -63,16 +66,19 @@ inline std::string settings_of_numbers(const Settings& settings) {
 
 inline std::string not_empty(const std::string& value) { return value.empty() ? "must not be empty" : ""; }
 
-inline void add_text_options(CLI::App& app, Settings& settings) {
-  auto* text =
-      app.add_option("text", settings.text, "Files and folders to learn from; a tenth of the files is held out");
+inline void add_text(CLI::App& app, std::vector<std::filesystem::path>& paths, const std::string& description) {
+  auto* text = app.add_option("text", paths, description);
 #ifdef FREE_TRANSFORMER_DEFAULT_TEXT_FOLDER
-  settings.text = {FREE_TRANSFORMER_DEFAULT_TEXT_FOLDER};
+  paths = {FREE_TRANSFORMER_DEFAULT_TEXT_FOLDER};
 #else
   text->required();
 #endif
   text->check(CLI::ExistingPath);
-  app.add_option("--output-folder", settings.output_folder, "Where the log and the picture go");
+}
+
+inline void add_text_options(CLI::App& app, Settings& settings) {
+  add_text(app, settings.text, "Files and folders to learn from; a tenth of the files is held out");
+  app.add_option("--output-folder", settings.output_folder, "Where logs, checkpoints and the picture go");
   app.add_option("--prompt", settings.prompt, "Start of the sample, not empty")->check(not_empty);
   app.add_option("--sample-bytes", settings.sample_bytes, "Length of the sample")->check(CLI::NonNegativeNumber);
 }

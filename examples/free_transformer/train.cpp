@@ -1,4 +1,4 @@
-/// Trains a Free Transformer on real text, evaluates it on files that it has not seen, and lets it write.
+/// Trains a Free Transformer on real text, evaluates it on files that it has not seen, and lets it write: three commands.
 #include <torch/torch.h>
 
 #include <CLI/CLI.hpp>
@@ -6,11 +6,15 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <set>
 #include <string>
+#include <vector>
 
 #include <free_transformer/loss_metrics.hpp>
 
 #include "checkpoint.hpp"
+#include "evaluate_command.hpp"
+#include "generate_command.hpp"
 #include "generation.hpp"
 #include "model.hpp"
 #include "optimizer.hpp"
@@ -68,7 +72,7 @@ void announce_length(const Settings& settings) {
   std::fflush(stdout);
 }
 
-void run(const Settings& settings) {
+void train(const Settings& settings) {
   at::set_num_threads(settings.threads);
   torch::manual_seed(settings.seed);
   const auto files = find_text_files(settings.text);
@@ -90,28 +94,59 @@ void run(const Settings& settings) {
   auto criterion = make_criterion(settings);
   report_evaluation(validate(model, criterion, held_out_text, settings, settings.evaluation_batches));
   draw(settings.output_folder / "training_log.csv", settings.output_folder / "training.svg");
-  const auto sample = continue_text(model, settings.prompt, settings.sample_bytes);
-  std::printf("\nA sample, its codes drawn from the prior:\n%s\n", without_control_characters(sample).c_str());
+  const auto prompt = tokens_of_prompt(model, settings.prompt);
+  const auto sample =
+      continue_text(model, prompt, draw_codes(model, prompt, settings.sample_bytes, /*samples=*/1)).at(0);
+  std::printf("\nA sample, its codes drawn from the prior:\n%s\n",
+              without_control_characters(settings.prompt + sample).c_str());
+}
+
+/// What is given to the program, with `train` where no command is named, in the order that CLI11 takes them: the last first.
+std::vector<std::string> arguments_with_command(int count, char** arguments) {
+  std::vector<std::string> all(arguments + 1, arguments + count);
+  const std::set<std::string> first{"train", "generate", "evaluate", "--help", "-h"};
+  if (all.empty() || first.count(all.front()) == 0) {
+    all.insert(all.begin(), "train");
+  }
+  return {all.rbegin(), all.rend()};
+}
+
+int run(int argument_count, char** arguments) {
+  CLI::App app("A small Free Transformer on real text", "train_free_transformer");
+  app.require_subcommand(1);
+  app.footer("Where no command is named, train is meant. Settings: train_free_transformer train --help");
+  app.option_defaults()->always_capture_default();
+  Settings settings;
+  auto* train_command = app.add_subcommand("train", "Train a model, evaluate it, let it write");
+  add_text_options(*train_command, settings);
+  add_model_options(*train_command, settings.model);
+  add_training_options(*train_command, settings);
+  GenerateSettings generate_settings;
+  auto* generate_command = app.add_subcommand("generate", "Let a trained model write");
+  add_generate_options(*generate_command, generate_settings);
+  EvaluateSettings evaluate_settings;
+  auto* evaluate_command = app.add_subcommand("evaluate", "Bound the evidence of held-out files under a trained model");
+  add_evaluate_options(*evaluate_command, evaluate_settings);
+  try {
+    app.parse(arguments_with_command(argument_count, arguments));
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error);
+  }
+  if (*train_command) train(settings);
+  if (*generate_command) generate(generate_settings);
+  if (*evaluate_command) evaluate(evaluate_settings);
+  return 0;
 }
 
 }  // namespace example
 
 int main(int argument_count, char** arguments) {
-  CLI::App app("Trains a small Free Transformer on real text");
-  app.option_defaults()->always_capture_default();
-  example::Settings settings;
-  example::add_text_options(app, settings);
-  example::add_model_options(app, settings.model);
-  example::add_training_options(app, settings);
-  CLI11_PARSE(app, argument_count, arguments);
   try {
-    example::run(settings);
+    return example::run(argument_count, arguments);
   } catch (const c10::Error& error) {
     std::fprintf(stderr, "error: %s\n", error.what_without_backtrace());
-    return 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
-    return 1;
   }
-  return 0;
+  return 1;
 }

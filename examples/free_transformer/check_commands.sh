@@ -1,0 +1,48 @@
+#!/bin/sh
+# `evaluate` and `generate` take up what `train` has left: check_commands.sh PROGRAM
+set -eu
+program=$1
+
+fail() {
+  echo "$1" >&2
+  exit 1
+}
+
+# The bits a byte of a row of `evaluate`'s table.
+bits_of() { sed -n "s/^$1  *[0-9.]*  *\([0-9.]*\) .*/\1/p" "$2"; }
+
+holds() { awk "BEGIN { exit !($1) }"; }
+
+rm -rf check_commands
+mkdir -p check_commands/text
+cd check_commands
+for number in 1 2 3 4 5 6 7 8 9 10 11 12; do
+  seq "$number" 7 2000 >"text/$number.txt"
+done
+size="--width 16 --blocks 2 --heads 2 --context 16 --latent-dim 4"
+
+# shellcheck disable=SC2086
+"$program" text $size --output-folder model --steps 300 --minutes 0 --free-bits 4 --learning-rate 1e-2 --sample-bytes 1 >model.out
+
+"$program" evaluate text --checkpoint model/checkpoint.pt >evaluation
+cat evaluation
+cross_entropy=$(bits_of 'posterior cross entropy' evaluation)
+kl=$(bits_of 'latent KL' evaluation)
+lower=$(bits_of 'evidence lower bound' evaluation)
+weighted=$(bits_of 'importance-weighted bound, K = 16' evaluation)
+holds "$kl > 0.1" || fail "the latent carries nothing"
+holds "($lower - $cross_entropy - $kl) ^ 2 < 0.0002 ^ 2" || fail "the bound is not cross entropy and KL"
+holds "$weighted < $lower" || fail "sixteen samples do not tighten the bound"
+bits=$(sed -n 's/^KL of each latent bit.*: *//p' evaluation | tr ' ' '+')
+holds "($bits - $kl) ^ 2 < 0.0004 ^ 2" || fail "the KL of the bits does not add up"
+
+# Hardly a chance is left at this temperature: the same Z gives the same text.
+generate() { "$program" generate --checkpoint model/checkpoint.pt --prompt 12 --sample-bytes 30 --temperature 1e-6 "$@"; }
+generate --samples 1 --one-latent | sed 1d >single
+generate --samples 2 --one-latent | sed '/^---/d' >pair
+cat single single | diff - pair || fail "samples with one Z differ without a temperature"
+generate --samples 2 | sed '/^---/d' >fresh
+if diff -q pair fresh >/dev/null; then fail "Z is not drawn anew"; fi
+
+if "$program" evaluate text --checkpoint model/training_log.csv 2>error; then fail "a log was taken for a checkpoint"; fi
+grep -q 'no complete checkpoint' error || fail "the refusal does not say what is wrong"
