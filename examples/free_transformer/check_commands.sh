@@ -44,5 +44,19 @@ cat single single | diff - pair || fail "samples with one Z differ without a tem
 generate --samples 2 | sed '/^---/d' >fresh
 if diff -q pair fresh >/dev/null; then fail "Z is not drawn anew"; fi
 
+# Without Z all bounds are the cross entropy, and that of the training's own evaluation.
+# shellcheck disable=SC2086
+"$program" text $size --baseline --output-folder baseline --steps 60 --minutes 0 --sample-bytes 1 --evaluation-batches 16 \
+  >baseline.out
+"$program" evaluate text --checkpoint baseline/checkpoint.pt >evaluation
+cat evaluation
+trained=$(sed -n 's/.*bound.elbo [0-9.]* nats a byte (\([0-9.]*\) bits).*/\1/p' baseline.out)
+for row in 'posterior cross entropy' 'evidence lower bound' 'importance-weighted bound, K = 1'; do
+  holds "($(bits_of "$row" evaluation) - $trained) ^ 2 < 0.0002 ^ 2" || fail "the baseline's $row is not its cross entropy"
+done
+holds "$(bits_of 'latent KL' evaluation) == 0" || fail "the baseline has a latent"
+"$program" generate --checkpoint baseline/checkpoint.pt --samples 1 --sample-bytes 5 | grep -q 'without Z' ||
+  fail "the baseline does not write"
+
 if "$program" evaluate text --checkpoint model/training_log.csv 2>error; then fail "a log was taken for a checkpoint"; fi
 grep -q 'no complete checkpoint' error || fail "the refusal does not say what is wrong"

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "durable_file.hpp"
 #include "model.hpp"
@@ -104,8 +105,9 @@ inline FreeTransformer load_model(const std::filesystem::path& file) {
     throw std::runtime_error(file.string() + " is no complete checkpoint; train writes them");
   }
   ModelOptions options;
-  ModelOptions::for_each(options,
-                         [&](const char* name, int64_t& value) { value = detail::read_value(archive, name).toInt(); });
+  ModelOptions::for_each(options, [&](const char* name, auto& value) {
+    value = static_cast<std::decay_t<decltype(value)>>(detail::read_value(archive, name).toInt());
+  });
   FreeTransformer model(options);
   archive.read("model", weights);
   model->load(weights);

@@ -44,10 +44,11 @@ inline void evaluate(const EvaluateSettings& settings) {
   auto model = load_model(settings.checkpoint);
   torch::manual_seed(settings.seed);
   const Text text(find_text_files(settings.text).held_out, model->options().context);
+  const auto samples = model->options().baseline ? 1 : settings.samples;  // all alike without Z
   std::printf("%lld held-out windows of %lld bytes, %lld samples of Z for each\n\n",
               static_cast<long long>(settings.batches * settings.batch_size),
-              static_cast<long long>(model->options().context), static_cast<long long>(settings.samples));
-  print(evaluate(model, text, settings.batch_size, settings.batches, settings.samples), settings.samples);
+              static_cast<long long>(model->options().context), static_cast<long long>(samples));
+  print(evaluate(model, text, settings.batch_size, settings.batches, samples), samples);
 }
 
 }  // namespace example

@@ -47,9 +47,10 @@ inline void generate(const GenerateSettings& settings) {
   const auto prompt = tokens_of_prompt(model, settings.prompt);
   const auto codes = draw_codes(model, prompt, settings.sample_bytes, settings.one_latent ? 1 : settings.samples);
   const auto texts = continue_text(model, prompt, codes.expand({settings.samples, -1}), settings.temperature);
+  const auto* latent = model->options().baseline ? "without Z" : settings.one_latent ? "the same Z" : "a Z of its own";
   for (size_t index = 0; index < texts.size(); ++index) {
-    std::printf("--- sample %zu, %s\n%s%s\n", index + 1, settings.one_latent ? "the same Z" : "a Z of its own",
-                settings.prompt.c_str(), without_control_characters(texts[index]).c_str());
+    std::printf("--- sample %zu, %s\n%s%s\n", index + 1, latent, settings.prompt.c_str(),
+                without_control_characters(texts[index]).c_str());
   }
 }
 

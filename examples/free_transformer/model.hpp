@@ -24,6 +24,7 @@ struct ModelOptions {
   // The paper has 16. The gradient passes through all 2^H codes: with 1024 tokens a step and H = 16 that is a product of 17
   // GFLOP, twice as much as the rest of the model; with H = 8 it is 1 % of it.
   int64_t latent_dim = 8;
+  bool baseline = false;  // the same decoder without Z and encoder
 
   /// Each option with its name: visit(name, option).
   template <typename Options, typename Visit>
@@ -34,6 +35,7 @@ struct ModelOptions {
     visit("heads", options.heads);
     visit("context", options.context);
     visit("latent_dim", options.latent_dim);
+    visit("baseline", options.baseline);
   }
 };
 
@@ -47,15 +49,17 @@ class FreeTransformerImpl : public torch::nn::Module {
   explicit FreeTransformerImpl(const ModelOptions& options)
       : options_(options),
         embedding_(register_module("embedding", torch::nn::Embedding(options.vocabulary, options.width))),
-        encoder_(register_module("encoder", make_block(/*causal=*/false))),
-        encoder_query_(register_parameter("encoder_query", torch::randn({1, 1, options.width}))),
-        encoder_norm_(register_module("encoder_norm", RMSNorm(options.width))),
-        encoder_head_(register_module("encoder_head", linear(options.width, options.latent_dim, /*scale=*/0.5))),
-        codebook_(register_module("codebook", torch::nn::Embedding(code_count(), options.width))),
         norm_(register_module("norm", RMSNorm(options.width))),
         head_(register_module("head", linear(options.width, options.vocabulary, /*scale=*/0.5))) {
     for (int64_t index = 0; index < options.blocks; ++index) {
       blocks_.push_back(register_module("block" + std::to_string(index), make_block(/*causal=*/true)));
+    }
+    if (!options.baseline) {  // last, so that the decoder begins with the baseline's weights
+      encoder_ = register_module("encoder", make_block(/*causal=*/false));
+      encoder_query_ = register_parameter("encoder_query", torch::randn({1, 1, options.width}));
+      encoder_norm_ = register_module("encoder_norm", RMSNorm(options.width));
+      encoder_head_ = register_module("encoder_head", linear(options.width, options.latent_dim, /*scale=*/0.5));
+      codebook_ = register_module("codebook", torch::nn::Embedding(code_count(), options.width));
     }
   }
 
@@ -63,8 +67,9 @@ class FreeTransformerImpl : public torch::nn::Module {
   ModelOutput forward(const torch::Tensor& tokens) {
     const auto x = read(tokens);
     const auto z_logits = infer(x);
+    if (options_.baseline) return {write(x, x), z_logits};
     const auto codes = sample_codes(z_logits);
-    return {write(x, free_transformer::map_latent_codes(z_logits, codes, codebook_->weight)), z_logits};
+    return {write(x, x + free_transformer::map_latent_codes(z_logits, codes, codebook_->weight)), z_logits};
   }
 
   /// Logits of the next token at each position, [batch, positions, vocabulary].
@@ -82,9 +87,10 @@ class FreeTransformerImpl : public torch::nn::Module {
   /// Codes, int64 [batch, positions], sampled from the prior, which is uniform.
   torch::Tensor sample_prior(at::IntArrayRef shape) const { return torch::randint(code_count(), shape, torch::kInt64); }
 
-  /// Logits of the next token at each position when the codes are given.
+  /// Logits of the next token at each position when the codes are given; the baseline has no use for them.
   torch::Tensor predict(const torch::Tensor& tokens, const torch::Tensor& codes) {
-    return logits(write(read(tokens), codebook_(codes)));
+    const auto x = read(tokens);
+    return logits(write(x, options_.baseline ? x : x + codebook_(codes)));
   }
 
   const ModelOptions& options() const { return options_; }
@@ -108,14 +114,17 @@ class FreeTransformerImpl : public torch::nn::Module {
     return x;
   }
 
+  /// Without an encoder, the prior's logits: their KL is 0.
   torch::Tensor infer(const torch::Tensor& x) {
+    if (options_.baseline) return torch::zeros({x.size(0), x.size(1), options_.latent_dim});
     // One row serves the whole batch: the queries differ by their rotary position alone.
     const auto queries = encoder_query_.expand({1, x.size(1), -1});
     return encoder_head_(encoder_norm_(encoder_->forward(queries, x)));
   }
 
-  torch::Tensor write(torch::Tensor x, const torch::Tensor& rows_of_codes) {
-    x = blocks_[middle()]->forward(x, x + rows_of_codes);
+  /// memory is what the keys and values of the middle block come from.
+  torch::Tensor write(torch::Tensor x, const torch::Tensor& memory) {
+    x = blocks_[middle()]->forward(x, memory);
     for (size_t index = middle() + 1; index < blocks_.size(); ++index) {
       x = blocks_[index]->forward(x);
     }
@@ -125,11 +134,11 @@ class FreeTransformerImpl : public torch::nn::Module {
   ModelOptions options_;
   torch::nn::Embedding embedding_;
   std::vector<Block> blocks_;
-  Block encoder_;
+  Block encoder_ = nullptr;
   torch::Tensor encoder_query_;
-  RMSNorm encoder_norm_;
-  torch::nn::Linear encoder_head_;
-  torch::nn::Embedding codebook_;
+  RMSNorm encoder_norm_ = nullptr;
+  torch::nn::Linear encoder_head_ = nullptr;
+  torch::nn::Embedding codebook_ = nullptr;
   RMSNorm norm_;
   torch::nn::Linear head_;
 };

@@ -4,14 +4,20 @@
 #include <torch/torch.h>
 
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <vector>
 
 namespace example {
 
-/// Rises linearly over the first twentieth of the training, then falls along a cosine to 0. progress is in [0, 1].
-inline double learning_rate_factor(double progress) {
-  constexpr double warm_up = 0.05;
+struct OptimizerOptions {
+  double learning_rate = 3e-3;  // at its highest
+  double warm_up = 0.05;        // share of the training in which it rises
+  double largest_norm = 1.0;    // of the gradient; 0 sets no limit
+};
+
+/// Rises linearly over the share warm_up of the training, then falls along a cosine to 0. progress is in [0, 1].
+inline double learning_rate_factor(double progress, double warm_up) {
   constexpr double pi = 3.14159265358979323846;
   if (progress < warm_up) {
     return progress / warm_up;
@@ -21,18 +27,19 @@ inline double learning_rate_factor(double progress) {
 
 class Optimizer {
  public:
-  Optimizer(const torch::nn::Module& model, double learning_rate)
-      : parameters_(model.parameters()), learning_rate_(learning_rate), adam_(groups(parameters_, learning_rate)) {}
+  Optimizer(const torch::nn::Module& model, const OptimizerOptions& options)
+      : parameters_(model.parameters()), options_(options), adam_(groups(parameters_, options.learning_rate)) {}
 
-  /// One step along the gradients, which are 0 afterwards.
-  void step(double progress) {
-    constexpr double largest_norm = 1.0;
-    torch::nn::utils::clip_grad_norm_(parameters_, largest_norm);
+  /// One step along the gradients, which are 0 afterwards. Returns their norm before it was clipped.
+  double step(double progress) {
+    const auto limit = options_.largest_norm > 0.0 ? options_.largest_norm : std::numeric_limits<double>::infinity();
+    const auto norm = torch::nn::utils::clip_grad_norm_(parameters_, limit);
     for (auto& group : adam_.param_groups()) {
-      group.options().set_lr(learning_rate_ * learning_rate_factor(progress));
+      group.options().set_lr(options_.learning_rate * learning_rate_factor(progress, options_.warm_up));
     }
     adam_.step();
     adam_.zero_grad();
+    return norm;
   }
 
   void save(torch::serialize::OutputArchive& archive) const { adam_.save(archive); }
@@ -54,7 +61,7 @@ class Optimizer {
   }
 
   std::vector<torch::Tensor> parameters_;
-  double learning_rate_;
+  OptimizerOptions options_;
   torch::optim::AdamW adam_;
 };
 

@@ -12,6 +12,7 @@
 #include <free_transformer/schedules.hpp>
 
 #include "model.hpp"
+#include "optimizer.hpp"
 #include "schedule_option.hpp"
 
 namespace example {
@@ -32,7 +33,8 @@ struct Settings {
 
   int64_t steps = 800;
   int64_t batch_size = 8;
-  double learning_rate = 3e-3;
+  int64_t micro_batches = 1;
+  OptimizerOptions optimizer;
   double minutes = 3.0;
   uint64_t seed = 1;
   // The operations of so small a model are over before threads have met. On two idle cores a second thread saves a quarter
@@ -57,10 +59,11 @@ inline std::string settings_of_numbers(const Settings& settings) {
   ModelOptions::for_each(settings.model, [&](const char* name, auto value) { text << name << ' ' << value << '\n'; });
   text << "beta " << settings.beta << "\nfree_bits " << settings.free_bits << "\nkl_of_each_bit "
        << settings.kl_of_each_bit << "\nfused_head " << settings.fused_head << "\nsteps " << settings.steps
-       << "\nbatch_size " << settings.batch_size << "\nlearning_rate " << settings.learning_rate << "\nminutes "
-       << settings.minutes << "\nseed " << settings.seed << "\nvalidate_every " << settings.validate_every
-       << "\nvalidation_batches " << settings.validation_batches << "\ncheckpoint_every " << settings.checkpoint_every
-       << '\n';
+       << "\nbatch_size " << settings.batch_size << "\nmicro_batches " << settings.micro_batches << "\nlearning_rate "
+       << settings.optimizer.learning_rate << "\nwarm_up " << settings.optimizer.warm_up << "\nclip_norm "
+       << settings.optimizer.largest_norm << "\nminutes " << settings.minutes << "\nseed " << settings.seed
+       << "\nvalidate_every " << settings.validate_every << "\nvalidation_batches " << settings.validation_batches
+       << "\ncheckpoint_every " << settings.checkpoint_every << '\n';
   return text.str();
 }
 
@@ -88,6 +91,7 @@ inline void add_model_options(CLI::App& app, ModelOptions& model) {
   app.add_option("--width", model.width, "Width of the residual stream")->check(CLI::PositiveNumber);
   app.add_option("--blocks", model.blocks, "Blocks of the decoder")->check(CLI::Range(2, 1000));
   app.add_option("--heads", model.heads, "Attention heads")->check(CLI::PositiveNumber);
+  app.add_flag("--baseline", model.baseline, "The same decoder without Z, to compare the bounds of");
   app.add_option("--context", model.context, "Bytes that the model sees at once")->check(CLI::PositiveNumber);
 }
 
@@ -98,8 +102,15 @@ inline void add_training_options(CLI::App& app, Settings& settings) {
   app.add_flag("--fused-head", settings.fused_head, "Make the logits inside the loss, some tokens at a time");
   app.add_option("--steps", settings.steps, "Steps of the optimizer")->check(CLI::PositiveNumber);
   app.add_option("--batch-size", settings.batch_size, "Windows a step")->check(CLI::PositiveNumber);
-  app.add_option("--learning-rate", settings.learning_rate, "At its highest, after the warm-up")
+  app.add_option("--micro-batches", settings.micro_batches,
+                 "Parts that a step's windows are computed in: less memory, the same gradient")
       ->check(CLI::PositiveNumber);
+  app.add_option("--learning-rate", settings.optimizer.learning_rate, "At its highest, after the warm-up")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--warm-up", settings.optimizer.warm_up, "Share of the training in which the learning rate rises")
+      ->check(CLI::Range(0.0, 0.99));
+  app.add_option("--clip-norm", settings.optimizer.largest_norm, "Largest norm of the gradient; 0 sets no limit")
+      ->check(CLI::NonNegativeNumber);
   app.add_option("--minutes", settings.minutes, "Train no longer than this; 0 sets no limit")
       ->check(CLI::NonNegativeNumber);
   app.add_option("--seed", settings.seed, "Same seed, threads and steps: same numbers");

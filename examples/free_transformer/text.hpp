@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -20,6 +21,17 @@ struct Batch {
   torch::Tensor tokens;   // int64 [batch, positions]
   torch::Tensor targets;  // int64 [batch, positions]: the byte after each token
 };
+
+/// At most `count` parts of nearly the same number of windows.
+inline std::vector<Batch> parts_of(const Batch& batch, int64_t count) {
+  const auto tokens = batch.tokens.chunk(count);
+  const auto targets = batch.targets.chunk(count);
+  std::vector<Batch> parts;
+  for (size_t index = 0; index < tokens.size(); ++index) {
+    parts.push_back({tokens[index], targets[index]});
+  }
+  return parts;
+}
 
 /// Bytes as a tensor, uint8 [bytes].
 inline torch::Tensor to_tensor(const std::string& bytes) {

@@ -85,7 +85,7 @@ void train(const Settings& settings) {
               at::get_num_threads());
   announce_length(settings);
 
-  Optimizer optimizer(*model, settings.learning_rate);
+  Optimizer optimizer(*model, settings.optimizer);
   TrainingState state{model, optimizer};
   const auto text = settings_text(settings, training_text, held_out_text);
   begin_or_resume(settings, state, text);
@@ -97,7 +97,7 @@ void train(const Settings& settings) {
   const auto prompt = tokens_of_prompt(model, settings.prompt);
   const auto sample =
       continue_text(model, prompt, draw_codes(model, prompt, settings.sample_bytes, /*samples=*/1)).at(0);
-  std::printf("\nA sample, its codes drawn from the prior:\n%s\n",
+  std::printf("\nA sample%s:\n%s\n", settings.model.baseline ? "" : ", its codes drawn from the prior",
               without_control_characters(settings.prompt + sample).c_str());
 }
 

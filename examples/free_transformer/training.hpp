@@ -105,12 +105,18 @@ class Training {
  private:
   bool is_due(int64_t every, double done) const { return every > 0 && (state_.step % every == 0 || done >= 1.0); }
 
+  /// The gradient of the whole batch, part by part: each part's sums are divided by the tokens of all.
   void take_step(double done) {
     const auto batch = text_.random_batch(settings_.batch_size);
-    const auto [loss, metrics] = loss_of(state_.model, criterion_, batch, settings_.fused_head);
-    loss.backward();
-    state_.optimizer.step(done);
-    metrics_ += metrics;
+    const auto count = static_cast<double>(batch.targets.numel());
+    criterion_->options.reconstruction().normalizer(count);
+    criterion_->options.kl().normalizer(count);
+    for (const auto& part : parts_of(batch, settings_.micro_batches)) {
+      const auto [loss, metrics] = loss_of(state_.model, criterion_, part, settings_.fused_head);
+      loss.backward();
+      metrics_ += metrics;
+    }
+    gradient_norm_ = state_.optimizer.step(done);
     ++state_.step;
   }
 
@@ -118,9 +124,12 @@ class Training {
     const auto tokens = state_.step * settings_.batch_size * settings_.model.context;
     const Progress progress{state_.step, settings_.steps, tokens, state_.seconds, done};
     log_.write(state_.step, metrics_,
-               {{"beta", balance_.beta}, {"free_bits", balance_.free_bits}, {"seconds", state_.seconds}});
+               {{"beta", balance_.beta},
+                {"free_bits", balance_.free_bits},
+                {"gradient_norm", gradient_norm_},
+                {"seconds", state_.seconds}});
     line_.show(progress, metrics_);
-    watch_.look(metrics_, balance_.free_bits, state_.step);
+    if (!settings_.model.baseline) watch_.look(metrics_, balance_.free_bits, state_.step);
     metrics_ = LossMetrics();
   }
 
@@ -144,6 +153,7 @@ class Training {
   FreeTransformerLoss criterion_ = make_criterion(settings_);
   Balance balance_{};
   LossMetrics metrics_;
+  double gradient_norm_ = 0.0;  // of the last step
   MetricsLog log_, validation_log_;
   ProgressLine line_;
   LatentWatch watch_;
