@@ -1,9 +1,10 @@
-/// The picture of the training, drawn by gnuplot.
+/// Pictures, drawn by gnuplot.
 #pragma once
 
 #include <cstdlib>
 #include <filesystem>
 #include <string>
+#include <vector>
 
 namespace example {
 
@@ -20,11 +21,12 @@ inline std::string quote(const std::string& argument) {
 
 }  // namespace detail
 
-/// Returns whether there is a picture now; there is none without gnuplot.
-inline bool draw_training(const std::filesystem::path& log, const std::filesystem::path& picture) {
-  const auto script = std::filesystem::path(__FILE__).parent_path() / "plot_training.gp";
-  const auto command = "gnuplot -c " + detail::quote(script.string()) + " " + detail::quote(log.string()) + " " +
-                       detail::quote(picture.string());
+/// Returns whether the script, one beside this file, has drawn; it has not without gnuplot.
+inline bool draw_with_gnuplot(const std::string& script, const std::vector<std::filesystem::path>& arguments) {
+  auto command = "gnuplot -c " + detail::quote((std::filesystem::path(__FILE__).parent_path() / script).string());
+  for (const auto& argument : arguments) {
+    command += " " + detail::quote(argument.string());
+  }
   return std::system((command + " 2>/dev/null").c_str()) == 0;
 }
 

@@ -22,6 +22,7 @@ inline std::string default_prompt() { return "#include <"; }
 
 struct Settings {
   std::vector<std::filesystem::path> text;
+  int64_t window_step = 1;  // windows start at its multiples
   std::filesystem::path output_folder = default_output_folder();
   ModelOptions model;
 
@@ -57,13 +58,13 @@ inline std::string settings_of_numbers(const Settings& settings) {
   std::ostringstream text;
   text.precision(17);  // enough to tell any two numbers apart
   ModelOptions::for_each(settings.model, [&](const char* name, auto value) { text << name << ' ' << value << '\n'; });
-  text << "beta " << settings.beta << "\nfree_bits " << settings.free_bits << "\nkl_of_each_bit "
-       << settings.kl_of_each_bit << "\nfused_head " << settings.fused_head << "\nsteps " << settings.steps
-       << "\nbatch_size " << settings.batch_size << "\nmicro_batches " << settings.micro_batches << "\nlearning_rate "
-       << settings.optimizer.learning_rate << "\nwarm_up " << settings.optimizer.warm_up << "\nclip_norm "
-       << settings.optimizer.largest_norm << "\nminutes " << settings.minutes << "\nseed " << settings.seed
-       << "\nvalidate_every " << settings.validate_every << "\nvalidation_batches " << settings.validation_batches
-       << "\ncheckpoint_every " << settings.checkpoint_every << '\n';
+  text << "window_step " << settings.window_step << "\nbeta " << settings.beta << "\nfree_bits " << settings.free_bits
+       << "\nkl_of_each_bit " << settings.kl_of_each_bit << "\nfused_head " << settings.fused_head << "\nsteps "
+       << settings.steps << "\nbatch_size " << settings.batch_size << "\nmicro_batches " << settings.micro_batches
+       << "\nlearning_rate " << settings.optimizer.learning_rate << "\nwarm_up " << settings.optimizer.warm_up
+       << "\nclip_norm " << settings.optimizer.largest_norm << "\nminutes " << settings.minutes << "\nseed "
+       << settings.seed << "\nvalidate_every " << settings.validate_every << "\nvalidation_batches "
+       << settings.validation_batches << "\ncheckpoint_every " << settings.checkpoint_every << '\n';
   return text.str();
 }
 

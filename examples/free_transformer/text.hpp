@@ -54,9 +54,9 @@ inline std::string read_files(const std::vector<std::filesystem::path>& files) {
 
 class Text {
  public:
-  /// The files one after the other, seen through windows of the model's context.
-  Text(const std::vector<std::filesystem::path>& files, int64_t context)
-      : bytes_(to_tensor(read_files(files))), window_(torch::arange(context + 1)) {
+  /// The files one after the other, seen through windows of the model's context that start at multiples of window_step.
+  Text(const std::vector<std::filesystem::path>& files, int64_t context, int64_t window_step = 1)
+      : bytes_(to_tensor(read_files(files))), window_(torch::arange(context + 1)), window_step_(window_step) {
     if (size() <= context) {
       throw std::runtime_error("the text must be longer than the context of " + std::to_string(context) +
                                " bytes, got " + std::to_string(size()) + " bytes in " + std::to_string(files.size()) +
@@ -64,15 +64,15 @@ class Text {
     }
   }
 
-  /// Windows that start anywhere.
+  /// Windows drawn at random.
   Batch random_batch(int64_t batch_size) const {
-    return windows_at(torch::randint(last_start() + 1, {batch_size}, torch::kInt64));
+    return windows_at(torch::randint(last_window() + 1, {batch_size}, torch::kInt64));
   }
 
   /// Batch index of count, whose windows together lie evenly over the whole text.
   Batch even_batch(int64_t batch_size, int64_t index, int64_t count) const {
     const auto numbers = torch::arange(index * batch_size, (index + 1) * batch_size);
-    return windows_at(torch::div(numbers * last_start(), count * batch_size, "floor"));
+    return windows_at(torch::div(numbers * last_window(), count * batch_size, "floor"));
   }
 
   int64_t size() const { return bytes_.size(0); }
@@ -81,14 +81,15 @@ class Text {
   uint64_t fingerprint() const { return example::fingerprint(bytes_.data_ptr(), static_cast<size_t>(size())); }
 
  private:
-  int64_t last_start() const { return size() - window_.size(0); }
+  int64_t last_window() const { return (size() - window_.size(0)) / window_step_; }
 
-  Batch windows_at(const torch::Tensor& starts) const {
-    const auto windows = bytes_.index({starts.unsqueeze(1) + window_}).to(torch::kInt64);
+  Batch windows_at(const torch::Tensor& numbers) const {
+    const auto windows = bytes_.index({numbers.unsqueeze(1) * window_step_ + window_}).to(torch::kInt64);
     return {windows.slice(1, 0, -1), windows.slice(1, 1)};
   }
 
   torch::Tensor bytes_, window_;
+  int64_t window_step_;
 };
 
 }  // namespace example

@@ -1,0 +1,100 @@
+/// `train`: a training from start to end.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <string>
+
+#include <free_transformer/loss_metrics.hpp>
+
+#include "checkpoint.hpp"
+#include "generation.hpp"
+#include "model.hpp"
+#include "optimizer.hpp"
+#include "plot.hpp"
+#include "settings.hpp"
+#include "text.hpp"
+#include "text_files.hpp"
+#include "training.hpp"
+
+namespace example {
+
+inline void report_evaluation(const free_transformer::LossMetrics& metrics) {
+  std::printf(
+      "held-out files: bound/elbo %.4f nats a byte (%.4f bits), reconstruction %.4f nats, latent KL %.4f bits\n",
+      metrics.at("bound/elbo"), metrics.at("bound/elbo_bits"), metrics.at("loss/reconstruction"),
+      metrics.at("latent/kl_bits"));
+}
+
+inline void draw(const std::filesystem::path& log, const std::filesystem::path& picture) {
+  if (draw_with_gnuplot("plot_training.gp", {log, picture})) {
+    std::printf("curves: %s, drawn from %s\n", picture.c_str(), log.c_str());
+  } else {
+    std::printf("no picture, as gnuplot is missing or failed; the curves are in %s\n", log.c_str());
+  }
+}
+
+/// The text is known by its size and fingerprint.
+inline std::string settings_text(const Settings& settings, const Text& training, const Text& held_out) {
+  std::string text = settings_of_numbers(settings);
+  for (const auto* part : {&training, &held_out}) {
+    text +=
+        "text of " + std::to_string(part->size()) + " bytes, fingerprint " + std::to_string(part->fingerprint()) + '\n';
+  }
+  return text;
+}
+
+/// Takes up the last checkpoint if that is asked for, or clears the folder for a new training.
+inline void begin_or_resume(const Settings& settings, TrainingState& state, const std::string& text) {
+  std::filesystem::create_directories(settings.output_folder);
+  if (!settings.resume) {
+    remove_checkpoints(settings.output_folder);
+  } else if (load_checkpoint(settings.output_folder, state, text)) {
+    std::printf("going on after step %lld\n", static_cast<long long>(state.step));
+  } else {
+    std::printf("no checkpoint in %s: a new training\n", settings.output_folder.c_str());
+  }
+}
+
+inline void announce_length(const Settings& settings) {
+  std::printf("%lld steps", static_cast<long long>(settings.steps));
+  if (settings.minutes > 0.0) {
+    std::printf(", or as many as fit into %g minutes", settings.minutes);
+  }
+  std::printf("; the evaluation and a sample of %lld bytes follow\n", static_cast<long long>(settings.sample_bytes));
+  std::fflush(stdout);
+}
+
+inline void train(const Settings& settings) {
+  at::set_num_threads(settings.threads);
+  torch::manual_seed(settings.seed);
+  const auto files = find_text_files(settings.text);
+  const Text training_text(files.training, settings.model.context, settings.window_step);
+  const Text held_out_text(files.held_out, settings.model.context, settings.window_step);
+  FreeTransformer model(settings.model);
+  std::printf("%zu files to learn from, %lld bytes; %zu held out, %lld bytes; %lld parameters; %d threads\n",
+              files.training.size(), static_cast<long long>(training_text.size()), files.held_out.size(),
+              static_cast<long long>(held_out_text.size()), static_cast<long long>(parameter_count(*model)),
+              at::get_num_threads());
+  announce_length(settings);
+
+  Optimizer optimizer(*model, settings.optimizer);
+  TrainingState state{model, optimizer};
+  const auto text = settings_text(settings, training_text, held_out_text);
+  begin_or_resume(settings, state, text);
+  Training(settings, training_text, held_out_text, state, text).run();
+
+  auto criterion = make_criterion(settings);
+  report_evaluation(validate(model, criterion, held_out_text, settings, settings.evaluation_batches));
+  draw(settings.output_folder / "training_log.csv", settings.output_folder / "training.svg");
+  const auto prompt = tokens_of_prompt(model, settings.prompt);
+  const auto sample =
+      continue_text(model, prompt, draw_codes(model, prompt, settings.sample_bytes, /*samples=*/1)).at(0);
+  std::printf("\nA sample%s:\n%s\n", settings.model.baseline ? "" : ", its codes drawn from the prior",
+              without_control_characters(settings.prompt + sample).c_str());
+}
+
+}  // namespace example
