@@ -24,6 +24,14 @@ size="--width 16 --blocks 2 --heads 2 --context 16 --latent-dim 4"
 # shellcheck disable=SC2086
 "$program" text $size --output-folder model --steps 300 --minutes 0 --free-bits 4 --learning-rate 1e-2 --sample-bytes 1 >model.out
 
+# With four bits free of four, the KL costs nothing; at a weight of 100 it leaves nothing.
+grep -a -q 'warning, step [0-9]*: the free bits are saturated' model.out || fail "no warning of saturated free bits"
+if grep -a -q 'collapsed' model.out; then fail "a latent that carries much is called collapsed"; fi
+# shellcheck disable=SC2086
+"$program" text $size --output-folder collapsed --steps 200 --minutes 0 --beta 100 --free-bits 0 --learning-rate 1e-2 \
+  --sample-bytes 1 --evaluation-batches 1 >collapsed.out
+grep -a -q 'warning, step [0-9]*: the latent has collapsed' collapsed.out || fail "no warning of a collapsed latent"
+
 "$program" evaluate text --checkpoint model/checkpoint.pt >evaluation
 cat evaluation
 cross_entropy=$(bits_of 'posterior cross entropy' evaluation)

@@ -1,7 +1,7 @@
 /// Tells when the latent carries nothing, or when its KL no longer costs anything.
 #pragma once
 
-#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <string>
 
@@ -27,17 +27,19 @@ inline std::string latent_warning(const free_transformer::LossMetrics& metrics, 
   return "";
 }
 
-/// Warns once a state has lasted, and again only after another one.
+/// Warns once a state has lasted for five reports, and again only after another one. Saturation counts in the second half of the
+/// training: Z carries little at first.
 class LatentWatch {
  public:
-  void look(const free_transformer::LossMetrics& metrics, double free_bits, long long step) {
+  /// done is the part of the training that is done, in [0, 1].
+  void look(const free_transformer::LossMetrics& metrics, double free_bits, int64_t step, double done) {
     constexpr int reports_that_last = 5;
-    const auto warning = latent_warning(metrics, free_bits);
+    const auto warning = latent_warning(metrics, done > 0.5 ? free_bits : 0.0);
     reports_ = warning == current_ ? reports_ + 1 : 1;
     current_ = warning;
     if (reports_ == reports_that_last && warning != shown_) {
       if (!warning.empty()) {
-        std::printf("\nwarning, step %lld: %s\n", step, warning.c_str());
+        std::printf("\nwarning, step %lld: %s\n", static_cast<long long>(step), warning.c_str());
         std::fflush(stdout);
       }
       shown_ = warning;

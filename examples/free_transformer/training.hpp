@@ -129,7 +129,7 @@ class Training {
                 {"gradient_norm", gradient_norm_},
                 {"seconds", state_.seconds}});
     line_.show(progress, metrics_);
-    if (!settings_.model.baseline) watch_.look(metrics_, balance_.free_bits, state_.step);
+    if (!settings_.model.baseline) watch_.look(metrics_, balance_.free_bits, state_.step, done);
     metrics_ = LossMetrics();
   }
 
