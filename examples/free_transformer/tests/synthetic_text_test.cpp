@@ -104,7 +104,7 @@ std::string all_text(const std::filesystem::path& folder) {
 }
 
 void check_files() {
-  const std::filesystem::path folder = "synthetic_text_test";
+  const std::filesystem::path folder = std::filesystem::temp_directory_path() / "free_transformer_synthetic_text";
   example::write_synthetic_text(folder, 5, 1);
   const auto text = all_text(folder);
   check(text.size() == 10 * 5 * 67, "ten files of whole lines");
@@ -112,6 +112,7 @@ void check_files() {
   check(all_text(folder) == text, "the same seed gives the same text");
   example::write_synthetic_text(folder, 5, 2);
   check(all_text(folder) != text, "another seed gives another text");
+  std::filesystem::remove_all(folder);
 }
 
 }  // namespace
