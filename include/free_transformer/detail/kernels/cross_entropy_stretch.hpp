@@ -1,7 +1,6 @@
 /// What cross entropy does with a stretch of a row, in vectors: float32 in the first-level cache, one loop a kernel.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 

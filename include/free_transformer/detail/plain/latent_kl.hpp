@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "free_transformer/detail/arithmetic.hpp"
-#include "free_transformer/detail/autograd/optional_tensor.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/plain/bernoulli_kl.hpp"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 
 #include "free_transformer/detail/compilation.hpp"
 
@@ -33,18 +34,6 @@ inline std::atomic<InstructionSet>& instruction_set() {
   return chosen;
 }
 
-/// float32 numbers in a vector of the instruction set in use.
-inline int64_t lanes_in_use() {
-  switch (instruction_set().load()) {
-    case InstructionSet::avx512:
-      return 16;
-    case InstructionSet::avx2:
-      return 8;
-    default:
-      return FREE_TRANSFORMER_BASELINE_LANES;
-  }
-}
-
 #if FREE_TRANSFORMER_VECTOR_KERNELS
 #if defined(__x86_64__)
 template <typename Kernel>
@@ -68,6 +57,15 @@ auto run_vectorized(const Kernel kernel, [[maybe_unused]] InstructionSet set = i
 #endif
   return kernel.template run<FREE_TRANSFORMER_BASELINE_LANES>();
 }
+
+/// float32 numbers in a vector of the instruction set in use.
+struct LaneCount {
+  template <int lanes>
+  [[gnu::always_inline]] int64_t run() const {
+    return lanes;
+  }
+};
+inline int64_t lanes_in_use() { return run_vectorized(LaneCount{}); }
 #endif
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels

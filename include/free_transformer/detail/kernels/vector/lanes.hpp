@@ -49,13 +49,6 @@ template <int lanes>
   load<lanes>(part, result);
 }
 
-template <int lanes>
-[[gnu::always_inline]] inline void store_part(const Lanes<lanes>& values, int64_t count, float* target) {
-  float part[size_t{lanes}];
-  store<lanes>(values, part);
-  std::memcpy(target, part, sizeof(float) * static_cast<size_t>(count));
-}
-
 /// The larger of each lane; a NaN in `values` is passed over.
 template <int lanes>
 [[gnu::always_inline]] inline void take_larger(Lanes<lanes>& largest, const Lanes<lanes>& values) {
