@@ -10,6 +10,9 @@
 
 namespace benchmarks {
 
+namespace kernels = free_transformer::detail::kernels;
+using kernels::InstructionSet;
+
 inline std::string processor_name() {
   std::ifstream file("/proc/cpuinfo");
   for (std::string line; std::getline(file, line);) {
@@ -18,8 +21,7 @@ inline std::string processor_name() {
   return "unknown";
 }
 
-inline const char* instruction_set_name(free_transformer::detail::kernels::InstructionSet set) {
-  using free_transformer::detail::kernels::InstructionSet;
+inline const char* instruction_set_name(InstructionSet set) {
   return set == InstructionSet::avx512 ? "AVX-512" : set == InstructionSet::avx2 ? "AVX2" : "baseline";
 }
 

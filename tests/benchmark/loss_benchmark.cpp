@@ -6,10 +6,12 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
 #include "comparison.hpp"
+#include "environment.hpp"
 #include "report.hpp"
 #include "rows.hpp"
 
@@ -20,9 +22,14 @@ struct Settings {
   int rounds = 9;
   std::vector<int> threads = {1, 2};
   std::string only;
+  InstructionSet instructions = kernels::best_instruction_set();
 };
 
 void run(const Settings& settings) {
+  TORCH_CHECK(settings.instructions <= kernels::best_instruction_set(), "loss_benchmark: instructions must be at most ",
+              "the processor's ", instruction_set_name(kernels::best_instruction_set()), ", got ",
+              instruction_set_name(settings.instructions));
+  kernels::instruction_set() = settings.instructions;
   torch::manual_seed(1);
   Report report(settings.csv);
   for (const auto& comparison : all_rows()) {
@@ -46,6 +53,11 @@ int main(int argc, char** argv) {
   app.add_option("--rounds", settings.rounds, "How often each contestant is timed in turn")->check(CLI::PositiveNumber);
   app.add_option("--threads", settings.threads, "Numbers of threads")->check(CLI::PositiveNumber);
   app.add_option("--only", settings.only, "Only rows whose name contains this");
+  app.add_option("--instructions", settings.instructions, "Of our kernels; LibTorch's follow ATEN_CPU_CAPABILITY")
+      ->transform(CLI::CheckedTransformer(
+          std::map<std::string, benchmarks::InstructionSet>{{"baseline", benchmarks::InstructionSet::baseline},
+                                                            {"avx2", benchmarks::InstructionSet::avx2},
+                                                            {"avx512", benchmarks::InstructionSet::avx512}}));
   CLI11_PARSE(app, argc, argv);
 
   try {

@@ -55,9 +55,7 @@ class Report {
   void print_summary() const { std::printf("\n%d of %d limits reached\n", reached_, reached_ + missed_); }
 
  private:
-  static std::string instruction_set() {
-    return instruction_set_name(free_transformer::detail::kernels::instruction_set());
-  }
+  static std::string instruction_set() { return instruction_set_name(kernels::instruction_set()); }
 
   static std::string limit_text(const Requirement& requirement) {
     if (!(requirement.limit > 0)) return "";
