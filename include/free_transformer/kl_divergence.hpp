@@ -116,7 +116,7 @@ at::Tensor compute_kl_divergence(const at::Tensor& z_logits, const KLDivergenceO
   constexpr const char* function = "compute_kl_divergence";
   const auto settings = detail::checked_latent_settings(function, z_logits, options, options.token_weight());
   const auto normalization = detail::checked_normalization(function, options.reduction(), options.normalizer());
-  return detail::latent_kl<FreeBits>(z_logits, settings, normalization).loss;
+  return detail::latent_kl<FreeBits>(z_logits, settings, normalization, /*wants_metrics=*/false).loss;
 }
 
 template <typename FreeBits>

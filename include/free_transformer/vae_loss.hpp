@@ -81,7 +81,8 @@ VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, 
       detail::checked_normalization("compute_kl_divergence", options.kl().reduction(), options.kl().normalizer());
   const ReconstructionResult reconstruction = reconstruct(logits, targets, options.reconstruction());
   const auto result =
-      detail::latent_kl<FreeBits>(z_logits, detail::masked_like_targets(latent, targets, options), normalization);
+      detail::latent_kl<FreeBits>(z_logits, detail::masked_like_targets(latent, targets, options), normalization,
+                                  /*wants_metrics=*/true);
   return {at::add(reconstruction.loss, result.loss, /*alpha=*/options.beta_kl()),
           LossMetrics(reconstruction.sums, result.sums, options.beta_kl(), options.free_bits(),
                       std::is_same_v<FreeBits, BatchMean>, options.accuracy(), options.reconstruction().z_loss() > 0,

@@ -566,20 +566,21 @@ TEST_CASE("The bounds on the evidence on a device are those of the CPU", "[devic
   }
 }
 
-// Each bound is what is counted today, on LibTorch 1.13 and 2.15 alike, with the ones that a backward starts from. The
-// aim of issue 12 is 30 for cross entropy, 20 for the KL, and for the fused head 12 a block and 30 beside. Half types
-// have their logits converted: 31. The KL's two forms and the sums of the metrics are more than 20.
+// Each bound is what is counted today, on LibTorch 1.13 and 2.15 alike, and one more: the ones that autograd starts a
+// backward from. The aims are 30 for cross entropy, 20 for the KL, and for the fused head 12 a block and 30 beside. In
+// float64, whose digits a clamp cannot keep, the KL takes 24.
+constexpr size_t start_of_backward = 1;
 
 TEST_CASE("Dense cross entropy takes so many operations", "[device][count]") {
   const std::map<torch::ScalarType, size_t> bounds{
-      {torch::kDouble, 30}, {torch::kFloat, 30}, {torch::kHalf, 31}, {torch::kBFloat16, 31}};
+      {torch::kDouble, 29}, {torch::kFloat, 29}, {torch::kHalf, 30}, {torch::kBFloat16, 30}};
   for (const auto& [type, bound] : bounds) {
     INFO(type);
     const Tensor input = leaf(on_device(logits.to(type))), beside = on_device(targets);
     std::vector<std::string> operations;
     without_waiting([&] { return gradient(compute_reconstruction_loss(input, beside), input); }, &operations);
     print(std::string("cross entropy, ") + c10::toString(type), operations);
-    CHECK(operations.size() <= bound);
+    CHECK(operations.size() <= bound + start_of_backward);
   }
 }
 
@@ -601,14 +602,14 @@ TEST_CASE("Dense cross entropy moves one pass more than F::cross_entropy", "[dev
 
 TEST_CASE("The KL takes so many operations", "[device][count]") {
   const std::map<torch::ScalarType, size_t> bounds{
-      {torch::kDouble, 30}, {torch::kFloat, 27}, {torch::kHalf, 27}, {torch::kBFloat16, 27}};
+      {torch::kDouble, 24}, {torch::kFloat, 20}, {torch::kHalf, 20}, {torch::kBFloat16, 20}};
   for (const auto& [type, bound] : bounds) {
     INFO(type);
     const Tensor z = leaf(on_device(eighths({2, 3, bits_of_latent}, type)));
     std::vector<std::string> operations;
     without_waiting([&] { return gradient(compute_kl_divergence(z, bits_of_latent), z); }, &operations);
     print(std::string("KL, ") + c10::toString(type), operations);
-    CHECK(operations.size() <= bound);
+    CHECK(operations.size() <= bound + start_of_backward);
   }
 }
 

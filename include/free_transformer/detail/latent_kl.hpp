@@ -39,7 +39,7 @@ LatentRows latent_rows(const at::Tensor& z_logits, const LatentSettings& setting
 /// The final value.
 inline at::Tensor reduced_loss(const LatentRows& rows, at::ScalarType type) {
   if (rows.loss.defined()) return rows.loss;
-  if (!rows.scale.device().is_cpu()) {
+  if (!rows.sums.device().is_cpu()) {
     at::Tensor loss = at::empty({}, rows.sums.options().dtype(type));
     return at::mul_out(loss, rows.sums[penalty_sum], rows.scale);
   }

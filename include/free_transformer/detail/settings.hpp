@@ -150,12 +150,13 @@ struct LatentSettings {
 struct WantedOfLatents {
   bool penalty = false, gradient = false, prior_gradient = false;
   bool unscaled_gradient = false;  ///< instead of the gradient, by whoever can leave its scale to backward
+  bool metrics = false;            ///< all sums; else whoever has to make them one by one may leave the penalty's alone
 };
 
 struct LatentRows {
-  at::Tensor sums;      ///< see `LatentSum`
-  at::Tensor scale;     ///< what every penalty is multiplied by on its way to the loss: 0-dim in the widest type
-  at::Tensor loss;      ///< reduced, 0-dim; undefined where it is left to be made of the sums
+  at::Tensor sums;   ///< see `LatentSum`
+  at::Tensor scale;  ///< of every penalty on its way to the loss: 0-dim in the widest type, of the host where it knows
+  at::Tensor loss;   ///< reduced, 0-dim; undefined where it is left to be made of the sums
   at::Tensor penalty;   ///< [N] in the type of arithmetic, weighted; this and the following undefined if not asked for
   at::Tensor gradient;  ///< of the shape and type of z_logits
   at::Tensor prior_gradient;

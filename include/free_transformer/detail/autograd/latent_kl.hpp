@@ -26,8 +26,8 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 template <typename FreeBits>
 class LatentPass final : public LossPass {
  public:
-  LatentPass(const LatentSettings& settings, const Normalization& normalization)
-      : settings_(settings), normalization_(normalization) {
+  LatentPass(const LatentSettings& settings, const Normalization& normalization, bool wants_metrics)
+      : settings_(settings), normalization_(normalization), wants_metrics_(wants_metrics) {
     settings_.prior_logits.reset();  // it comes as an input
   }
 
@@ -40,6 +40,7 @@ class LatentPass final : public LossPass {
     auto wanted =
         wanted_gradients(inputs, needs_gradient && !for_each && (z_logits.device().is_cpu() || !is_rounded(inputs)));
     wanted.penalty = for_each;
+    wanted.metrics = wants_metrics_;
     wanted.unscaled_gradient = needs_gradient && !for_each && !z_logits.device().is_cpu() && z_logits.requires_grad();
     LatentRows rows = latent_rows<FreeBits>(z_logits, settings, normalization_, /*scale=*/{}, /*upstream=*/{}, wanted);
     normalization_.tensor.reset();
@@ -120,14 +121,17 @@ class LatentPass final : public LossPass {
 
   LatentSettings settings_;
   Normalization normalization_;
+  bool wants_metrics_;
   at::Tensor scale_, sums_;
   Tensors gradients_;  ///< what forward has finished, until backward hands it out
   at::Tensor unscaled_gradient_;
 };
 
 template <typename FreeBits>
-LossAndSums latent_kl(const at::Tensor& z_logits, const LatentSettings& settings, const Normalization& normalization) {
-  return run(c10::make_intrusive<LatentPass<FreeBits>>(settings, normalization), z_logits, settings.prior_logits);
+LossAndSums latent_kl(const at::Tensor& z_logits, const LatentSettings& settings, const Normalization& normalization,
+                      bool wants_metrics) {
+  return run(c10::make_intrusive<LatentPass<FreeBits>>(settings, normalization, wants_metrics), z_logits,
+             settings.prior_logits);
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

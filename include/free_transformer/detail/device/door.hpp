@@ -84,8 +84,9 @@ inline std::optional<LatentRows> latent_rows(kernels::Hinge hinge, const at::Ten
     result.scale = rows.totals.select(0, 0);
     return result;
   }
-  const at::Tensor mean_kl = rows.totals.defined() ? rows.totals.select(0, 1) : scale;  // no other hinge looks at it
-  if (!was_launched(launch_latent_gradient(hinge, z_logits, settings, scale, mean_kl, readable_upstream(upstream),
+  const at::Tensor factor = scale.to(z_logits.device());  // LibTorch's operations leave it on the host
+  const at::Tensor mean_kl = rows.totals.defined() ? rows.totals.select(0, 1) : factor;  // no other hinge looks at it
+  if (!was_launched(launch_latent_gradient(hinge, z_logits, settings, factor, mean_kl, readable_upstream(upstream),
                                            *place, result.gradient))) {
     return {};
   }

@@ -6,11 +6,13 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "free_transformer/detail/arithmetic.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/kernels/hinge.hpp"
 #include "free_transformer/detail/normalization.hpp"
+#include "free_transformer/detail/plain/latent_kl.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 #include "free_transformer/detail/settings.hpp"
 
@@ -22,28 +24,32 @@ inline bool takes_few_operations(const at::Tensor& z_logits, const LatentSetting
          z_logits.numel() <= block_elements(z_logits.device());
 }
 
-/// The KL of each bit and its derivative z p (1 - p), p = sigmoid(-|z|), in the widest type. See `bernoulli_kl_uniform`
-/// for the KL: log 2 - log1p(exp(-|z|)) - |z| p cancels for small |z|. There it is u t + log1p(-t^2)/2 with u = |z|/2,
-/// t = tanh u, or for logits of a narrower type than float64 z^2/8 - z^4/64, whose next term is below 1e-9 of it where |z| < 1/64.
+/// The KL of each bit and its derivative z p (1 - p), p = sigmoid(-|z|), in the widest type. The KL is log 2 -
+/// log1p(exp(-|z|)) - |z| p, which cancels for small |z|. For logits of a narrower type than float64 it is clamped to
+/// [z^2/8 - z^4/64, z^2/8], which encloses the KL: where the cancellation is worse than 2e-8 of it, the two are closer than
+/// that. For float64 it is u t + log1p(-t^2)/2 there, u = |z|/2, t = tanh u; see `bernoulli_kl_uniform`.
 /// Beyond 800 the KL is log 2 and the derivative 0 in every type.
 class BitsInFewOperations {
  public:
   BitsInFewOperations(const at::Tensor& z_logits, bool wants_derivative)
       : z_(z_logits.to(widest_type(z_logits.device())).clamp(-800, 800)),  // infinity times 0 would be a NaN
-        is_narrow_(z_.scalar_type() == at::kDouble && z_logits.scalar_type() != at::kDouble) {
-    minus_ = at::minimum(z_, z_.neg());
-    p_ = minus_.sigmoid();
+        is_narrow_(z_.scalar_type() == at::kDouble && z_logits.scalar_type() != at::kDouble),
+        minus_(at::copysign(z_, -1.0)),
+        p_(minus_.sigmoid()) {
     if (wants_derivative) derivative_ = at::sigmoid_backward(z_, p_);
   }
 
   void write_kl(at::Tensor kl) const {
     const at::Tensor far = at::rsub(at::softplus(minus_).addcmul_(minus_, p_, -1), std::log(2.0));
-    const at::Tensor near = is_narrow_ ? series() : by_tanh();
-    if (kl.is_meta()) return;  // where LibTorch 1.13 has no at::where
-    at::where_out(kl, minus_ > (is_narrow_ ? -1.0 / 64 : -2.0), near, far);
+    if (is_narrow_) {
+      const at::Tensor upper = z_.square().mul_(0.125);
+      at::clamp_out(kl, far, at::addcmul(upper, upper, upper, -1), upper);
+    } else if (!kl.is_meta()) {  // where LibTorch 1.13 has no at::where
+      at::where_out(kl, minus_ > -2, by_tanh(), far);
+    }
   }
 
-  /// Undefined if it is not wanted.
+  /// Undefined if it is not wanted. Whoever takes it may change it.
   const at::Tensor& derivative() const { return derivative_; }
 
   int64_t positions() const { return z_.size(0); }
@@ -51,10 +57,6 @@ class BitsInFewOperations {
   at::TensorOptions options() const { return z_.options(); }
 
  private:
-  at::Tensor series() const {
-    const at::Tensor eighth = z_.square().mul_(0.125);
-    return at::addcmul(eighth, eighth, eighth, -1);
-  }
   at::Tensor by_tanh() const {
     const at::Tensor u = minus_ * 0.5, t = u.tanh();  // both are odd
     return (u * t).add_(t.square().neg_().log1p_(), /*alpha=*/0.5);
@@ -66,66 +68,78 @@ class BitsInFewOperations {
 };
 
 /// A row for each position: what is summed of it in the order of `LatentSum`, then the KL of each bit. Where the weight
-/// is 0 so are they, whatever the logits.
+/// is 0 so are they, whatever the logits. The derivatives of the KL, if defined, become those of the weighted penalties.
 class LatentTable {
  public:
-  LatentTable(const BitsInFewOperations& bits, const LatentSettings& settings, kernels::Hinge hinge)
+  /// Without metrics only the penalty is written, and neither token_weight nor the hinge of the batch may be there.
+  LatentTable(const BitsInFewOperations& bits, const LatentSettings& settings, kernels::Hinge hinge, bool has_metrics)
       : settings_(settings),
         hinge_(hinge),
+        has_metrics_(has_metrics),
+        derivative_(bits.derivative()),
         all_(at::empty({bits.positions(), latent_sum_count + bits.width()}, bits.options())) {
     const at::Tensor kl = all_.narrow(1, latent_sum_count, bits.width());
     bits.write_kl(kl);
     if (settings.token_weight.defined()) kl.masked_fill_(left_out(), 0);
     write_penalty(kl);
-    all_.select(1, latent_weight_sum).fill_(1);
-    if (settings.token_weight.defined()) all_.mul_(settings.token_weight.unsqueeze(1));
+    if (has_metrics) {
+      at::Tensor active = all_.select(1, active_sum);
+      at::gt_out(active, penalty(), 0);
+      all_.select(1, latent_weight_sum).fill_(1);
+    }
+    if (settings.token_weight.defined()) weigh();
   }
 
   /// The sums of all positions. The hinge of the batch looks at them, and so this comes before all else is asked.
   at::Tensor sums() {
+    if (!has_metrics_) return penalty().sum().reshape({1});
     const at::Tensor sums = all_.sum(0);
     if (hinge_ == kernels::Hinge::batch_mean) {
-      closed_ = sums.slice(0, latent_sum_count).sum() / sums[latent_weight_sum] < settings_.free_bits;
-      sums.select(0, penalty_sum).masked_fill_(closed_, 0);
-      penalty().masked_fill_(closed_, 0);
+      const at::Tensor closed = mean_kl(sums) < settings_.free_bits;
+      sums.select(0, penalty_sum).masked_fill_(closed, 0);
+      penalty().masked_fill_(closed, 0);
+      if (derivative_.defined()) derivative_.masked_fill_(closed, 0);
     }
     return sums;
   }
 
   at::Tensor penalty() const { return all_.select(1, penalty_sum); }
-
-  /// Turns the derivatives of the KL into those of the weighted penalties.
-  void pass_hinge(const at::Tensor& derivative) const {
-    derivative.masked_fill_(closed_, 0);
-    if (settings_.token_weight.defined()) {
-      derivative.mul_(settings_.token_weight.unsqueeze(1)).masked_fill_(left_out(), 0);
-    }
-  }
+  const at::Tensor& derivative() const { return derivative_; }
 
  private:
   at::Tensor left_out() const { return (settings_.token_weight == 0).unsqueeze(1); }
 
   void write_penalty(const at::Tensor& kl) {
-    at::Tensor penalty = this->penalty(), active = all_.select(1, active_sum);
+    at::Tensor penalty = this->penalty();
     if (hinge_ == kernels::Hinge::per_bit) {
-      const at::Tensor above = kl - settings_.free_bits;
-      closed_ = above < 0;
-      at::sum_out(penalty, above.masked_fill_(closed_, 0), 1);
-    } else {
-      at::sum_out(penalty, kl, 1);
-      penalty.sub_(settings_.free_bits);
+      at::Tensor above = kl - settings_.free_bits;
+      pass_hinge(above);
+      at::sum_out(penalty, above.clamp_min_(0), 1);
+      return;
     }
+    at::sum_out(penalty, kl, 1);
+    penalty.sub_(settings_.free_bits);
     if (hinge_ == kernels::Hinge::per_position) {
-      closed_ = (penalty < 0).unsqueeze(1);
-      penalty.masked_fill_(closed_.squeeze(1), 0);
+      pass_hinge(penalty.unsqueeze(1));
+      penalty.clamp_min_(0);
     }
-    at::gt_out(active, penalty, 0);
+  }
+
+  /// Closed below the budget alone: not at it, and not for a NaN.
+  void pass_hinge(const at::Tensor& above_budget) {
+    constexpr double just_below = -std::numeric_limits<float>::min();
+    if (derivative_.defined()) at::threshold_backward_out(derivative_, derivative_, above_budget, just_below);
+  }
+
+  void weigh() {
+    all_.mul_(settings_.token_weight.unsqueeze(1));
+    if (derivative_.defined()) derivative_.mul_(settings_.token_weight.unsqueeze(1)).masked_fill_(left_out(), 0);
   }
 
   const LatentSettings& settings_;
   const kernels::Hinge hinge_;
-  at::Tensor all_;
-  at::Tensor closed_;  ///< where the hinge lets no gradient through
+  const bool has_metrics_;
+  at::Tensor derivative_, all_;
 };
 
 /// The derivatives [N, latent_dim] times a factor, in the shape and the type of the logits.
@@ -142,22 +156,23 @@ inline LatentRows latent_rows_in_few_operations(kernels::Hinge hinge, const at::
                                                 const at::Tensor& scale, const at::Tensor& upstream,
                                                 const WantedOfLatents& wanted) {
   const int64_t width = z_logits.size(-1), rows = z_logits.numel() / width;
+  const bool knows_scale = !settings.token_weight.defined() && !normalization.tensor.defined();
+  const bool has_metrics = wanted.metrics || !knows_scale || hinge == kernels::Hinge::batch_mean;
   const BitsInFewOperations bits(z_logits.detach().reshape({rows, width}), wanted.gradient || wanted.unscaled_gradient);
-  LatentTable table(bits, settings, hinge);
+  LatentTable table(bits, settings, hinge, has_metrics);
   LatentRows result;
   result.scale = scale;
   if (!scale.defined() || hinge == kernels::Hinge::batch_mean) result.sums = table.sums();
-  if (!scale.defined()) {
+  if (!scale.defined() && knows_scale) {  // a number of the host multiplies without an operation of its own
+    const auto count = static_cast<double>(rows);
+    result.scale = at::scalar_tensor(loss_scale(normalization, count, count), bits.options().device(at::kCPU));
+  } else if (!scale.defined()) {
     const at::Tensor weight = result.sums[latent_weight_sum];
-    const bool is_count = normalization.reduction == ReductionKind::mean && !normalization.number &&
-                          !normalization.tensor.defined() && !settings.token_weight.defined();
-    result.scale = is_count ? at::full({}, 1.0 / static_cast<double>(rows), weight.options())
-                            : loss_scale(normalization, weight, weight);
+    result.scale = loss_scale(normalization, weight, weight);
   }
   if (wanted.penalty) result.penalty = table.penalty().to(arithmetic_type(z_logits.scalar_type())).contiguous();
-  const at::Tensor& derivative = bits.derivative();
+  const at::Tensor& derivative = table.derivative();
   if (!derivative.defined()) return result;
-  table.pass_hinge(derivative);
   if (wanted.unscaled_gradient) {
     result.unscaled_gradient = derivative;
   } else {

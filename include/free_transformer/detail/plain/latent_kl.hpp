@@ -54,8 +54,9 @@ inline at::Tensor prior_of_block(const at::Tensor& prior_logits, int64_t first, 
   return wide.reshape({-1, prior_logits.size(-1)}).narrow(0, first, rows);
 }
 
-/// Mean over the batch of a position's KL, from its sums.
+/// Mean over the batch of a position's KL, from its sums; undefined if they are the penalty's alone.
 inline at::Tensor mean_kl(const at::Tensor& sums) {
+  if (sums.numel() <= latent_sum_count) return {};
   return sums.slice(0, latent_sum_count).sum() / sums[latent_weight_sum];
 }
 
