@@ -37,7 +37,15 @@ function(libtorch_import_wheel wheel)
   find_library(torch_cpu torch_cpu PATHS "${wheel}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)
   find_library(c10 c10 PATHS "${wheel}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)
 
+  # Wheels up to 2.6 have the C++ library's strings of before C++11, and say so there.
+  set(configuration "${wheel}/share/cmake/Torch/TorchConfig.cmake")
+  if(EXISTS "${configuration}")
+    file(STRINGS "${configuration}" strings REGEX "_GLIBCXX_USE_CXX11_ABI=[01]")
+    string(REGEX MATCH "_GLIBCXX_USE_CXX11_ABI=[01]" strings "${strings}")
+  endif()
+
   target_compile_features(LibTorch::LibTorch INTERFACE ${standard})
+  target_compile_definitions(LibTorch::LibTorch INTERFACE ${strings})
   target_include_directories(LibTorch::LibTorch INTERFACE "${wheel}/include" "${wheel}/include/torch/csrc/api/include")
   target_link_libraries(LibTorch::LibTorch INTERFACE "${torch_cpu}" "${c10}")
   if(CMAKE_SYSTEM_NAME STREQUAL "Linux")

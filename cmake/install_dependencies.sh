@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Brings a Debian machine what this project needs; quick and silent when it is there already.
-#   install_dependencies.sh [examples] [tests] [sanitizers] [docs] [wheel FOLDER]
-# FOLDER becomes a Python virtual environment with the newest LibTorch from PyPI.
+#   install_dependencies.sh [examples] [tests] [sanitizers] [docs] [matrix] [wheel FOLDER [torch VERSION]]
+# FOLDER becomes a Python virtual environment with LibTorch from PyPI, the newest where no version is said.
 set -euo pipefail
 
 packages=(g++ ninja-build libtorch-dev libopenblas0-openmp)
 wheel=
+torch=torch
 while (($#)); do
   case $1 in
     examples) packages+=(libcli11-dev gnuplot-nox) ;;
     tests) packages+=(catch2 clang-14 libbenchmark-dev valgrind) ;;
     sanitizers) packages+=(libclang-rt-14-dev) ;;
     docs) packages+=(doxygen) ;;
+    matrix) packages+=(clang-14 clang-tidy-14 g++-aarch64-linux-gnu qemu-user) ;;
     wheel) packages+=(python3-venv) wheel=$2 && shift ;;
+    torch) torch=torch==$2 && shift ;;
     *) echo "install_dependencies.sh: unknown part $1" >&2 && exit 2 ;;
   esac
   shift
@@ -56,9 +59,9 @@ wheel_is_complete() {
 # C++ on the CPU needs two of the CUDA libraries that the wheel asks for, and none of the other gigabytes.
 install_wheel() {
   local pip=("$wheel/bin/python3" -m pip --quiet --disable-pip-version-check install --no-warn-conflicts)
-  echo "Installing the newest LibTorch from PyPI into $wheel"
+  echo "Installing $torch from PyPI into $wheel"
   python3 -m venv "$wheel"
-  "${pip[@]}" --no-deps torch
+  "${pip[@]}" --no-deps "$torch"
   "$wheel/bin/python3" - <<'PYTHON' | xargs --no-run-if-empty "${pip[@]}"
 import re
 from importlib.metadata import requires
@@ -66,8 +69,10 @@ from importlib.metadata import requires
 for requirement in requires("torch"):
     if version := re.match(r"cuda-toolkit\[.*\](==[^;]+)", requirement):
         print("cuda-toolkit[cudart,cupti]" + version[1])
+    elif version := re.match(r"(nvidia-cuda-(?:runtime|cupti)-cu\d+) ?\(?(==[^;)]+)", requirement):  # before CUDA 13
+        print(version[1] + version[2])
 PYTHON
-  wheel_is_complete || "${pip[@]}" torch
+  wheel_is_complete || "${pip[@]}" "$torch"
 }
 
 install_packages

@@ -17,3 +17,5 @@ add_consumer(find_package -Dfree_transformer_ROOT=${install_folder})
 set_tests_properties(consumers/find_package PROPERTIES FIXTURES_REQUIRED installed)
 
 add_consumer(add_subdirectory -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_DIR})
+
+add_consumer(older_wheel -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_DIR})
