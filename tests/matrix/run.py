@@ -1,0 +1,221 @@
+#!/usr/bin/env python3
+"""Builds and runs the library in cells of compiler, standard, flags and LibTorch, and prints a table of what came out.
+
+    run.py                                    cells in which every pair of values meets, then arm64 and clang-tidy
+    run.py --all                              every cell
+    run.py --compiler g++-12 --libtorch 2.2.2 the cells of these values
+    run.py --rows arm64 tidy                  rows of these kinds alone
+    run.py --list                             what would run
+
+Debian's packages and the wheels are installed where they are missing (cmake/install_dependencies.sh). Exit status 1 if a cell
+fails that LibTorch alone does not.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+SOURCE = pathlib.Path(__file__).resolve().parents[2]
+COMPILERS = ["g++-12", "clang++-14"]
+STANDARDS = ["17", "20", "23"]
+FLAGS = ["-O0", "-O2", "-O3 -ffast-math"]
+LIBTORCHS = ["debian", "2.2.2", "2.6.0", "newest"]
+ARM64_WHEEL = "2.6.0"  # the last that PyPI has for arm64 without CUDA in 100 MB
+ARM64 = [("g++-12", "17", "-O2"), ("g++-12", "20", "-O0"), ("clang++-14", "17", "-O2"),
+         ("g++-12", "17", "-O3 -ffast-math")]
+
+
+@dataclass(frozen=True)
+class Cell:
+    libtorch: str
+    compiler: str
+    standard: str
+    flags: str
+    machine: str = "x86-64"
+
+    @property
+    def name(self):
+        words = [self.machine, self.libtorch, self.compiler, self.standard, self.flags]
+        return re.sub(r"[^A-Za-z0-9.+]+", "-", "_".join(words)).replace("_-", "_")
+
+
+def values_of(cell):
+    return (cell.libtorch, cell.compiler, cell.standard, cell.flags)
+
+
+def pairs_of(cell):
+    return set(itertools.combinations(enumerate(values_of(cell)), 2))
+
+
+def covering(cells):
+    """Cells, one after another, that hold the most pairs of values that no earlier one holds."""
+    chosen, missing = [], set().union(*map(pairs_of, cells))
+    while missing:
+        chosen.append(max(cells, key=lambda cell: len(pairs_of(cell) & missing)))
+        missing -= pairs_of(chosen[-1])
+    return sorted(chosen, key=lambda cell: [order.index(value) for order, value in zip(ORDERS, values_of(cell))])
+
+
+ORDERS = [LIBTORCHS, COMPILERS, STANDARDS, FLAGS]
+
+
+def oldest_standard(libtorch):
+    """The newest LibTorch is compiled as C++20 whatever is asked: older standards would be the same cell once more."""
+    return "20" if libtorch == "newest" else "17"
+
+
+def cells_of(arguments):
+    cells = [Cell(*values) for values in itertools.product(*ORDERS)]
+    cells = [cell for cell in cells if cell.standard >= oldest_standard(cell.libtorch)]
+    cells = cells if arguments.all else covering(cells)
+    if arguments.libtorch or arguments.compiler or arguments.standard or arguments.flags:
+        wanted = (arguments.libtorch or LIBTORCHS, arguments.compiler or COMPILERS, arguments.standard or STANDARDS,
+                  arguments.flags or FLAGS)
+        cells = [Cell(*values) for values in itertools.product(*wanted) if values[2] >= oldest_standard(values[0])]
+    arm64 = [Cell(ARM64_WHEEL, *values, machine="arm64") for values in (ARM64 if arguments.all else ARM64[:3])]
+    return (cells if "x86-64" in arguments.rows else []) + (arm64 if "arm64" in arguments.rows else [])
+
+
+class Workshop:
+    """The folder of all builds, and how a command is run there: its output goes to a log."""
+
+    def __init__(self, folder, through, jobs):
+        self.folder, self.through, self.jobs = folder, through, jobs
+
+    def run(self, command, log, limit=1800):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as output:
+            print("+", shlex.join(map(str, command)), file=output, flush=True)
+            environment = dict(os.environ, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
+            try:
+                return subprocess.run([*self.through, *command], stdout=output, stderr=output, env=environment,
+                                      timeout=limit).returncode == 0
+            except subprocess.TimeoutExpired:
+                return False
+
+    def wheel(self, cell):
+        """The torch folder of the cell's wheel, or nothing for Debian's LibTorch."""
+        if cell.libtorch == "debian":
+            return ""
+        place = self.folder / "wheels" / (cell.libtorch if cell.machine == "x86-64" else f"arm64-{cell.libtorch}")
+        if cell.machine == "x86-64":
+            version = [] if cell.libtorch == "newest" else ["torch", cell.libtorch]
+            subprocess.run([SOURCE / "cmake/install_dependencies.sh", "wheel", place, *version], check=True)
+            return next(place.glob("lib/python3*/site-packages/torch"))
+        if not (place / "torch").exists():
+            platforms = [f"--platform=manylinux{tag}_aarch64" for tag in ("2014", "_2_17", "_2_28")]
+            subprocess.run([sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps",
+                            "--no-compile", "--only-binary=:all:", *platforms, "--target", place,
+                            f"torch=={cell.libtorch}"], check=True)
+        return place / "torch"
+
+
+def toolchain(cell):
+    if cell.machine == "x86-64":
+        return [f"-DCMAKE_CXX_COMPILER={cell.compiler}"]
+    cross = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+             "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"]
+    if "clang" in cell.compiler:
+        return [*cross, f"-DCMAKE_CXX_COMPILER={cell.compiler}", "-DCMAKE_CXX_COMPILER_TARGET=aarch64-linux-gnu"]
+    return [*cross, f"-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-{cell.compiler}"]
+
+
+def outcome_of(cell, workshop, with_strangers):
+    """What a row of the table says: a word, and how many programs were right of how many."""
+    folder = workshop.folder / "cells" / cell.name
+    log = folder / "log.txt"
+    log.unlink(missing_ok=True)
+    configure = ["cmake", "-S", SOURCE / "tests/matrix", "-B", folder, "-G", "Ninja", *toolchain(cell),
+                 f"-DCMAKE_CXX_STANDARD={cell.standard}", f"-DCMAKE_CXX_FLAGS={cell.flags}",
+                 f"-DFREE_TRANSFORMER_TORCH_WHEEL={workshop.wheel(cell)}",
+                 f"-DMATRIX_STRANGERS={'ON' if with_strangers else 'OFF'}"]
+    if not workshop.run(configure, log):
+        return "cannot be configured", ""
+    build = ["cmake", "--build", folder, "--parallel", str(workshop.jobs)]
+    if not workshop.run(build, log):
+        alone = workshop.run([*build, "--target", "libtorch_alone"], log)
+        return ("does not compile" if alone else "LibTorch alone does not compile"), ""
+    passed = workshop.run(["ctest", "--test-dir", folder, "--output-on-failure", "--timeout", "600"], log)
+    counts = re.findall(r"tests passed, (\d+) tests failed out of (\d+)", log.read_text())
+    failed, of_all = map(int, counts[-1]) if counts else (1, 1)
+    return ("passes" if passed else "FAILS"), f"{of_all - failed} of {of_all}"
+
+
+def row_of(cell, workshop, with_strangers):
+    begin = time.monotonic()
+    outcome, programs = outcome_of(cell, workshop, with_strangers)
+    seconds = time.monotonic() - begin
+    libtorch = "1.13.1 (Debian)" if cell.libtorch == "debian" else cell.libtorch
+    return [cell.machine, libtorch, cell.compiler, f"C++{cell.standard}", f"`{cell.flags}`", outcome, programs,
+            f"{seconds:.0f} s"]
+
+
+def tidy_row(workshop, jobs_of_tidy):
+    """clang-tidy over every unit of the tests and, through them, every header."""
+    begin = time.monotonic()
+    folder, log = workshop.folder / "tidy", workshop.folder / "tidy" / "log.txt"
+    log.unlink(missing_ok=True)
+    workshop.run(["cmake", "-S", SOURCE, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=clang++-14",
+                  "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON",
+                  "-DFREE_TRANSFORMER_BUILD_EXAMPLES=OFF"], log)
+    commands = json.loads((folder / "compile_commands.json").read_text())
+    units = sorted({entry["file"] for entry in commands if entry["file"].startswith(str(SOURCE / "tests"))})
+    units = [unit for unit in units if re.search(jobs_of_tidy, unit)]
+    clean = [workshop.run(["clang-tidy-14", "--quiet", "--warnings-as-errors=*", "-p", folder, unit], log)
+             for unit in units]
+    outcome = "passes" if clean and all(clean) else "FAILS"
+    return ["x86-64", "1.13.1 (Debian)", "clang-tidy-14", "C++17", "", outcome, f"{sum(clean)} of {len(clean)}",
+            f"{time.monotonic() - begin:.0f} s"]
+
+
+def table_of(rows):
+    titles = ["machine", "LibTorch", "compiler", "standard", "flags", "outcome", "programs", "time"]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [titles, ["---"] * len(titles), *rows]) + "\n"
+
+
+def parsed_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every cell, not a covering subset")
+    parser.add_argument("--list", action="store_true", help="say what would run, and stop")
+    parser.add_argument("--rows", nargs="+", choices=["x86-64", "arm64", "tidy"], default=["x86-64", "arm64", "tidy"])
+    for name, values in zip(["libtorch", "compiler", "standard"], ORDERS):
+        parser.add_argument(f"--{name}", nargs="+", help=f"default: {', '.join(values)}")
+    parser.add_argument("--flags", action="append", help=f"as --flags=-O1, once for each; default: {', '.join(FLAGS)}")
+    parser.add_argument("--strangers", choices=["none", "-O2", "all"], default="-O2",
+                        help="which cells also build the programs of tests/strangers; default: those of -O2")
+    parser.add_argument("--tidy-units", default="", help="a regular expression of the units that clang-tidy reads")
+    parser.add_argument("--folder", type=pathlib.Path, default=SOURCE / "build/matrix", help="default: build/matrix")
+    parser.add_argument("--through", type=shlex.split, default=[], help="a command that runs each step, such as nice")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    return parser.parse_args()
+
+
+def main():
+    arguments = parsed_arguments()
+    cells = cells_of(arguments)
+    if arguments.list:
+        return print("\n".join(cell.name for cell in cells))
+    subprocess.run([SOURCE / "cmake/install_dependencies.sh", "tests", "matrix"], check=True)
+    workshop = Workshop(arguments.folder.resolve(), arguments.through, arguments.jobs)
+    rows = []
+    for cell in cells:
+        rows.append(row_of(cell, workshop, arguments.strangers in ("all", cell.flags)))
+        print(*rows[-1], flush=True)
+    if "tidy" in arguments.rows:
+        rows.append(tidy_row(workshop, arguments.tidy_units))
+    table = table_of(rows)
+    (workshop.folder / "table.md").write_text(table)
+    print("\n" + table)
+    sys.exit(any(row[5] in ("FAILS", "does not compile", "cannot be configured") for row in rows))
+
+
+if __name__ == "__main__":
+    main()
