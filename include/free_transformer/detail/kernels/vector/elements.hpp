@@ -5,6 +5,7 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <c10/util/TypeCast.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -42,7 +43,7 @@ inline float load_number(const void* source, Element element, int64_t index) {
 inline void store_number(float number, void* target, Element element, int64_t index) {
   switch (element) {
     case Element::float16:
-      static_cast<c10::Half*>(target)[index] = number;
+      static_cast<c10::Half*>(target)[index] = c10::convert<c10::Half>(number);  // on Arm it is made of __fp16
       return;
     case Element::bfloat16:
       static_cast<c10::BFloat16*>(target)[index] = number;
