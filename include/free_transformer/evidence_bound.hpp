@@ -115,7 +115,7 @@ inline at::Tensor counted_tokens(const at::Tensor& tokens_of_sample, const at::T
 /// KL of each position, [..., positions].
 inline at::Tensor kl_of_positions(const at::Tensor& z_logits, const at::Tensor& prior_logits) {
   const auto wide = widest_type(z_logits.device());
-  const at::Tensor result = at::empty(shape_of_positions(z_logits), z_logits.options().dtype(wide));
+  at::Tensor result = at::empty(shape_of_positions(z_logits), z_logits.options().dtype(wide));
   const at::Tensor flat = result.view({-1});
   for_each_row_block(z_logits, 0, [&](const at::Tensor& block, int64_t first) {
     const at::Tensor prior = plain::prior_of_block(prior_logits, first, block.size(0));

@@ -55,7 +55,7 @@ class LossMetrics {
       const auto count = static_cast<size_t>(latent_sums.numel());
       sums_ = at::empty({latent_begin + latent_sums.numel()}, latent_sums.options());
       const double* latent = latent_sums.data_ptr<double>();
-      double* sums = sums_.data_ptr<double>();
+      auto* sums = sums_.data_ptr<double>();
       std::copy_n(reconstruction_sums.data_ptr<double>(), size_t{detail::reconstruction_sum_count}, sums);
       sums[weighted_penalty_sum] = latent[detail::penalty_sum] * beta_kl;
       sums[beta_kl_sum] = latent[detail::latent_weight_sum] * beta_kl;

@@ -39,6 +39,7 @@ template <typename Loss, typename Equation>
 void expect_loss(const std::string& what, const std::vector<at::Tensor>& inputs, const Loss& compute,
                  const Equation& equation) {
   std::vector<at::Tensor> exact;
+  exact.reserve(inputs.size());
   for (const at::Tensor& input : inputs) exact.push_back(exact_leaf(input));
   const at::Tensor loss = compute(), expected = equation(exact);
   const auto found = torch::autograd::grad({loss}, inputs), gradients = torch::autograd::grad({expected}, exact);
@@ -152,7 +153,7 @@ void check_latent_code(const Inputs& in) {
 
 /// NaN and infinity are told from numbers by LibTorch, as this program may be compiled to assume that there are none.
 void check_special_values(const Inputs& in) {
-  const double infinity = at::ones({}, at::kDouble).div(0).item<double>();
+  const auto infinity = at::ones({}, at::kDouble).div(0).item<double>();
   const at::Tensor nan = at::zeros({}, in.logits.options()).div(0);
   const at::Tensor logits = in.logits.detach().clone();
   logits[4][7] = nan;
@@ -178,7 +179,7 @@ int main() {
   use_device_kernels(true);
   keep_device_kernels("");
   expect(Schedule::parse("linear:0:1:4")(3) == 0.75, "schedule");
-  for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+  for (const auto type : {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16}) {
     const Inputs inputs(type);
     check_reconstruction(inputs);
     check_latent_terms(inputs);

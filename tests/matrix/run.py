@@ -67,19 +67,20 @@ def covering(cells):
 ORDERS = [LIBTORCHS, COMPILERS, STANDARDS, FLAGS]
 
 
-def oldest_standard(libtorch):
-    """The newest LibTorch is compiled as C++20 whatever is asked: older standards would be the same cell once more."""
-    return "20" if libtorch == "newest" else "17"
+def can_be(cell):
+    """The newest LibTorch is compiled as C++20 at least, and clang refuses the headers of 1.13 as C++20."""
+    if cell.libtorch == "newest":
+        return cell.standard != "17"
+    return cell.standard == "17" or not (cell.libtorch == "debian" and "clang" in cell.compiler)
 
 
 def cells_of(arguments):
-    cells = [Cell(*values) for values in itertools.product(*ORDERS)]
-    cells = [cell for cell in cells if cell.standard >= oldest_standard(cell.libtorch)]
+    cells = list(filter(can_be, (Cell(*values) for values in itertools.product(*ORDERS))))
     cells = cells if arguments.all else covering(cells)
     if arguments.libtorch or arguments.compiler or arguments.standard or arguments.flags:
         wanted = (arguments.libtorch or LIBTORCHS, arguments.compiler or COMPILERS, arguments.standard or STANDARDS,
                   arguments.flags or FLAGS)
-        cells = [Cell(*values) for values in itertools.product(*wanted) if values[2] >= oldest_standard(values[0])]
+        cells = list(filter(can_be, (Cell(*values) for values in itertools.product(*wanted))))
     arm64 = [Cell(ARM64_WHEEL, *values, machine="arm64") for values in (ARM64 if arguments.all else ARM64[:3])]
     return (cells if "x86-64" in arguments.rows else []) + (arm64 if "arm64" in arguments.rows else [])
 
@@ -113,7 +114,7 @@ class Workshop:
         if not (place / "torch").exists():
             platforms = [f"--platform=manylinux{tag}_aarch64" for tag in ("2014", "_2_17", "_2_28")]
             subprocess.run([sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps",
-                            "--no-compile", "--only-binary=:all:", *platforms, "--target", place,
+                            "--no-compile", "--root-user-action=ignore", "--only-binary=:all:", *platforms, "--target", place,
                             f"torch=={cell.libtorch}"], check=True)
         return place / "torch"
 

@@ -46,6 +46,7 @@ void expect_step(const free_transformer::VAELossOutput& output, const std::vecto
                  const at::Tensor& targets, double beta) {
   const auto found = torch::autograd::grad({output.loss}, inputs, {}, /*retain_graph=*/true);
   std::vector<at::Tensor> exact;
+  exact.reserve(inputs.size());
   for (const at::Tensor& input : inputs) exact.push_back(exact_leaf(input));
   const at::Tensor kl = kl_above(exact[1], free_bits, exact[2].expand_as(exact[1]));
   const at::Tensor expected = cross_entropy(exact[0], targets) + beta * kl.mean();

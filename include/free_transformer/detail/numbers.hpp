@@ -30,7 +30,7 @@ inline double without_payload(double number) {
 /// True for a number that multiplies nothing.
 inline bool is_one(double number) {
   const double one = 1;
-  return std::memcmp(&number, &one, sizeof(one)) == 0;
+  return std::memcmp(&number, &one, sizeof(one)) == 0;  // NOLINT(bugprone-suspicious-memory-comparison)
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

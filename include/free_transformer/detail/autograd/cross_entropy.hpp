@@ -74,18 +74,18 @@ class CrossEntropyPass final : public LossPass {
     const at::NoGradGuard no_grad;
     if (const at::Tensor softmax = std::exchange(softmax_, at::Tensor()); softmax.defined()) {
       const bool is_own = softmax.scalar_type() == logits.scalar_type();
-      const at::Tensor result = is_own ? softmax : at::empty(logits.sizes(), logits.options());
+      at::Tensor result = is_own ? softmax : at::empty(logits.sizes(), logits.options());
       const auto rows = [&](const at::Tensor& all) { return all.view({-1, logits.size(-1)}); };
       plain::finish_gradient(rows(softmax), positions_, plain::gradient_factor(positions_, upstream), rows(result));
       return result;
     }
     if (gradient_.defined()) {
-      const at::Tensor finished = std::exchange(gradient_, at::Tensor());
+      at::Tensor finished = std::exchange(gradient_, at::Tensor());
       if (is_one_on_host(upstream)) return finished;
       // A half gradient has been rounded, small ones to nothing: a loss scale comes before that or not at all.
       if (finished.scalar_type() == upstream.scalar_type()) return finished.mul_(upstream);
     }
-    const at::Tensor fresh = kernels::empty_on_large_pages(logits.sizes(), logits.options());
+    at::Tensor fresh = kernels::empty_on_large_pages(logits.sizes(), logits.options());
     const at::Tensor of_each = upstream.expand({settings_.targets.size(0)});
     if (positions_.class_index.defined()) {  // the settings may have lost which targets are ignored
       plain::cross_entropy_rows(logits, settings_, positions_, fresh, of_each, {});

@@ -79,7 +79,7 @@ struct InplaceCrossEntropy final : GraphOperation {
       const at::Tensor of_each = upstream[0].expand({own_settings.targets.size(0)});
       cross_entropy_rows(gradient, own_settings, own_positions, gradient, of_each, {});
     } else if (!is_one(host_value(upstream[0]))) {
-      for_each_row_block(gradient, 0, [&](at::Tensor block, int64_t) {
+      for_each_row_block(gradient, 0, [&](const at::Tensor& block, int64_t) {
         block.copy_(block.to(upstream[0].scalar_type()).mul_(upstream[0]));
       });
     }

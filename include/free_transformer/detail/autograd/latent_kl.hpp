@@ -60,7 +60,7 @@ class LatentPass final : public LossPass {
     const at::Tensor wide = upstream.to(scale_.scalar_type());
     const at::Tensor flat = wide.dim() == 0 ? wide : wide.reshape({-1});
     if (at::GradMode::is_enabled()) return gradients_with_graph(inputs, flat);
-    const Tensors finished = std::exchange(gradients_, Tensors());
+    Tensors finished = std::exchange(gradients_, Tensors());
     if (!finished.empty() && (finished[0].defined() || finished[1].defined())) {
       if (is_one_on_host(flat)) return finished;
       if (!is_rounded(inputs)) {  // a half one was rounded: anew

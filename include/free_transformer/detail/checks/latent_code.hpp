@@ -23,7 +23,7 @@ inline void check_values(const char* function, const char* argument, const char*
   if (values.is_meta()) return;
   if (!values.device().is_cpu() && !values.is_mps()) return at::_assert_async(is_right.all());
   if (is_right.all().item<bool>()) return;
-  const int64_t index = is_right.flatten().logical_not().nonzero()[0].item<int64_t>();
+  const auto index = is_right.flatten().logical_not().nonzero()[0].item<int64_t>();
   TORCH_CHECK(false, function, ": ", argument, " must ", requirement, ", got ", values.flatten()[index].item(),
               " at index ", index);
 }
@@ -48,9 +48,9 @@ inline at::Tensor checked_bits(const char* function, const at::Tensor& bits) {
               ": bits must have at least one dimension, and a last one of at least 1, got shape ", bits.sizes());
   check_no_transform(function, "bits", bits);
   check_constant(function, "bits", bits);
-  const at::Tensor values = readable(bits);
+  at::Tensor values = readable(bits);
   if (values.scalar_type() == at::kBool) return values;
-  const at::Tensor is_one = values == 1;
+  at::Tensor is_one = values == 1;
   check_values(function, "bits", "be 0 or 1", values, is_one | (values == 0));
   return is_one;
 }
@@ -71,7 +71,7 @@ inline at::Tensor checked_codes(const char* function, const at::Tensor& codes, i
   TORCH_CHECK(at::isIntegralType(codes.scalar_type(), /*includeBool=*/false), function,
               ": codes must be of an integer type, got ", codes.scalar_type());
   check_no_transform(function, "codes", codes);
-  const at::Tensor values = readable(codes).to(at::kLong);
+  at::Tensor values = readable(codes).to(at::kLong);
   check_values(function, "codes", "lie in [0, 2^latent_dim)", values,
                (values >= 0) & (values < (int64_t{1} << latent_dim)));
   return values;

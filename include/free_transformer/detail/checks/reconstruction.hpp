@@ -56,7 +56,7 @@ inline at::Tensor checked_targets(const char* function, const at::Tensor& target
               is_channels_first(shape, targets.sizes())
                   ? ": the classes come last here, pass logits.movedim(1, -1) instead of [batch, classes, ...]"
                   : "");
-  const at::Tensor indices = readable(targets).to(at::kLong).reshape({-1}).contiguous();
+  at::Tensor indices = readable(targets).to(at::kLong).reshape({-1}).contiguous();
   check_target_values(function, indices, classes, ignore_index);
   return indices;
 }

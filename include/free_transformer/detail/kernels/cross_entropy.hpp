@@ -49,7 +49,7 @@ inline CrossEntropyPositions cross_entropy_positions(const CrossEntropySettings&
   });
   CrossEntropyPositions positions;
   positions.scales = at::empty({reconstruction_scale_count}, settings.targets.options().dtype(at::kDouble));
-  double* scales = positions.scales.data_ptr<double>();
+  auto* scales = positions.scales.data_ptr<double>();
   scales[scale_of_likelihood] = loss_scale(normalization, weight, counted);
   scales[scale_of_z] = loss_scale(normalization, counted, counted);
   scales[weight_of_likelihood] = weight;
@@ -127,7 +127,7 @@ inline CrossEntropyOfRows cross_entropy_rows(const at::Tensor& logits, const Cro
   const CrossEntropySums sums = process_rows(job, rows);
   if (!wanted.sums) return result;
   result.sums = at::empty({reconstruction_sum_count}, logits.options().dtype(at::kDouble));
-  double* of = result.sums.data_ptr<double>();
+  auto* of = result.sums.data_ptr<double>();
   of[likelihood_loss_sum] = sums.likelihood_loss;
   of[likelihood_weight_sum] = scales[weight_of_likelihood];
   of[z_loss_sum] = settings.z_loss > 0 ? settings.z_loss * sums.z_loss : 0;

@@ -94,7 +94,7 @@ inline void write_gradient(const CrossEntropyJob& job, int64_t index, double wei
   const double spread = upstream * job.likelihood_scale * job.label_smoothing / static_cast<double>(job.columns);
   const double beside = spread * job.class_weight_sum + 2 * upstream * job.z_scale * job.z_loss * log_sum_exp;
   const double sum = row.others + row.target_exponential;
-  const float factor = static_cast<float>(without_payload((of_likelihood + beside) / sum));
+  const auto factor = static_cast<float>(without_payload((of_likelihood + beside) / sum));
   const bool has_slopes = job.softcap > 0, is_smoothed = has_slopes || job.label_smoothing > 0;
   for (int64_t first = 0; first < job.columns; first += stretch) {
     const int64_t count = std::min(stretch, job.columns - first);

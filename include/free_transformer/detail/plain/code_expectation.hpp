@@ -83,7 +83,7 @@ inline at::Tensor code_expectation_gradient(const at::Tensor& z_logits, const at
   const auto type = arithmetic_type(codebook.scalar_type());
   const int64_t rows = z_logits.size(0), low_bits = low_bits_of(z_logits.size(1));
   const int64_t tokens = tokens_of_block(z_logits.device(), int64_t{1} << low_bits, codebook.size(1));
-  const at::Tensor gradient = at::empty_like(z_logits);
+  at::Tensor gradient = at::empty_like(z_logits);
   for (int64_t first = 0; first < rows; first += tokens) {
     const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, std::min(tokens, rows - first)); };
     part(gradient).copy_(

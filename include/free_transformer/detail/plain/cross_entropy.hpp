@@ -27,7 +27,7 @@ inline at::Tensor without_left_out(const at::Tensor& values, const CrossEntropyP
 
 /// The scales of a mean over positions that each weigh 0 or 1, on a device: their number, at least 1, divides.
 inline at::Tensor scales_of_counts(const at::Tensor& token_weight) {
-  const at::Tensor scales =
+  at::Tensor scales =
       at::empty({reconstruction_scale_count}, token_weight.options().dtype(widest_type(token_weight.device())));
   at::Tensor factors = scales.narrow(0, scale_of_likelihood, 2), weights = scales.narrow(0, weight_of_likelihood, 2);
   at::sum_out(weights, token_weight.expand({2, token_weight.size(0)}), -1, /*keepdim=*/false, scales.scalar_type());
@@ -258,6 +258,7 @@ inline CrossEntropyRows joined(const std::vector<CrossEntropyRows>& blocks, cons
   }
   const auto join = [&](at::Tensor CrossEntropyRows::*values) {
     std::vector<at::Tensor> parts;
+    parts.reserve(blocks.size());
     for (const auto& block : blocks) parts.push_back(block.*values);
     if (parts.size() == 1 || !parts[0].defined()) return parts[0];
     return at::cat(parts);

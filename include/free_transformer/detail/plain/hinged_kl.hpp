@@ -93,7 +93,7 @@ class LatentTable {
   /// The sums of all positions. The hinge of the batch looks at them, and so this comes before all else is asked.
   at::Tensor sums() {
     if (!has_metrics_) return penalty().sum().reshape({1});
-    const at::Tensor sums = all_.sum(0);
+    at::Tensor sums = all_.sum(0);
     if (hinge_ == kernels::Hinge::batch_mean) {
       const at::Tensor closed = mean_kl(sums) < settings_.free_bits;
       sums.select(0, penalty_sum).masked_fill_(closed, 0);

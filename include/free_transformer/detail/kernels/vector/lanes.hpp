@@ -18,9 +18,11 @@ inline constexpr int64_t most_lanes = 16;
 
 template <int lanes>
 struct Lanes {
+  // NOLINTBEGIN(modernize-use-using): g++ leaves the attribute out of a `using` of a template
   typedef float Values __attribute__((vector_size(4 * lanes)));
   typedef int32_t Integers __attribute__((vector_size(4 * lanes)));
   typedef uint16_t Halves __attribute__((vector_size(2 * lanes)));
+  // NOLINTEND(modernize-use-using)
   Values values;
 };
 

@@ -23,7 +23,8 @@ inline at::Tensor empty_on_large_pages(at::IntArrayRef sizes, const at::TensorOp
   const auto address = reinterpret_cast<uintptr_t>(result.data_ptr());
   const uintptr_t begin = (address + page - 1) / page * page, end = (address + result.nbytes()) / page * page;
   if (begin < end)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal does no harm
+    // Advice: a refusal does no harm.  NOLINTNEXTLINE(performance-no-int-to-ptr)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return result;
 }
