@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -82,14 +83,15 @@ def cells_of(arguments):
                   arguments.flags or FLAGS)
         cells = list(filter(can_be, (Cell(*values) for values in itertools.product(*wanted))))
     arm64 = [Cell(ARM64_WHEEL, *values, machine="arm64") for values in (ARM64 if arguments.all else ARM64[:3])]
+    arm64 = [cell for cell in arm64 if cell.compiler in (arguments.compiler or COMPILERS)]
     return (cells if "x86-64" in arguments.rows else []) + (arm64 if "arm64" in arguments.rows else [])
 
 
 class Workshop:
     """The folder of all builds, and how a command is run there: its output goes to a log."""
 
-    def __init__(self, folder, through, jobs):
-        self.folder, self.through, self.jobs = folder, through, jobs
+    def __init__(self, folder, jobs):
+        self.folder, self.jobs = folder, jobs
 
     def run(self, command, log, limit=1800):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ class Workshop:
             print("+", shlex.join(map(str, command)), file=output, flush=True)
             environment = dict(os.environ, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
             try:
-                return subprocess.run([*self.through, *command], stdout=output, stderr=output, env=environment,
+                return subprocess.run(command, stdout=output, stderr=output, env=environment,
                                       timeout=limit).returncode == 0
             except subprocess.TimeoutExpired:
                 return False
@@ -132,8 +134,8 @@ def toolchain(cell):
 def outcome_of(cell, workshop, with_strangers):
     """What a row of the table says: a word, and how many programs were right of how many."""
     folder = workshop.folder / "cells" / cell.name
+    shutil.rmtree(folder, ignore_errors=True)
     log = folder / "log.txt"
-    log.unlink(missing_ok=True)
     configure = ["cmake", "-S", SOURCE / "tests/matrix", "-B", folder, "-G", "Ninja", *toolchain(cell),
                  f"-DCMAKE_CXX_STANDARD={cell.standard}", f"-DCMAKE_CXX_FLAGS={cell.flags}",
                  f"-DFREE_TRANSFORMER_TORCH_WHEEL={workshop.wheel(cell)}",
@@ -194,7 +196,6 @@ def parsed_arguments():
                         help="which cells also build the programs of tests/strangers; default: those of -O2")
     parser.add_argument("--tidy-units", default="", help="a regular expression of the units that clang-tidy reads")
     parser.add_argument("--folder", type=pathlib.Path, default=SOURCE / "build/matrix", help="default: build/matrix")
-    parser.add_argument("--through", type=shlex.split, default=[], help="a command that runs each step, such as nice")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     return parser.parse_args()
 
@@ -205,7 +206,7 @@ def main():
     if arguments.list:
         return print("\n".join(cell.name for cell in cells))
     subprocess.run([SOURCE / "cmake/install_dependencies.sh", "tests", "matrix"], check=True)
-    workshop = Workshop(arguments.folder.resolve(), arguments.through, arguments.jobs)
+    workshop = Workshop(arguments.folder.resolve(), arguments.jobs)
     rows = []
     for cell in cells:
         rows.append(row_of(cell, workshop, arguments.strangers in ("all", cell.flags)))
