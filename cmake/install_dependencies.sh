@@ -2,11 +2,15 @@
 # Brings a Debian machine what this project needs; quick and silent when it is there already.
 #   install_dependencies.sh [examples] [tests] [sanitizers] [docs] [matrix] [wheel FOLDER [torch VERSION]]
 # FOLDER becomes a Python virtual environment with LibTorch from PyPI, the newest where no version is said.
+#   install_dependencies.sh [examples] [tests] [sanitizers] [docs] [wheel FOLDER [python]]
+# FOLDER becomes a Python virtual environment with the newest LibTorch from PyPI; `python` adds the gigabytes without which
+# Python itself cannot import it, and what tests/consumers/python_extension builds with and trains.
 set -euo pipefail
 
 packages=(g++ ninja-build libtorch-dev libopenblas0-openmp)
 wheel=
 torch=torch
+for_python=
 while (($#)); do
   case $1 in
     examples) packages+=(libcli11-dev gnuplot-nox) ;;
@@ -16,6 +20,7 @@ while (($#)); do
     matrix) packages+=(clang-14 clang-tidy-14 g++-aarch64-linux-gnu qemu-user) ;;
     wheel) packages+=(python3-venv) wheel=$2 && shift ;;
     torch) torch=torch==$2 && shift ;;
+    python) packages+=(python3-dev) for_python=yes ;;
     *) echo "install_dependencies.sh: unknown part $1" >&2 && exit 2 ;;
   esac
   shift
@@ -75,8 +80,23 @@ PYTHON
   wheel_is_complete || "${pip[@]}" "$torch"
 }
 
+python_is_complete() {
+  "$wheel/bin/python3" -c 'import torch, setuptools, ninja, numpy, yaml, free_transformer' 2>/dev/null
+}
+
+# The model names dozens of tools for its own development as requirements.
+install_for_python() {
+  local pip=("$wheel/bin/python3" -m pip --quiet --disable-pip-version-check install)
+  echo "Installing what Python needs for LibTorch into $wheel"
+  "${pip[@]}" torch setuptools ninja numpy pyyaml
+  "${pip[@]}" --no-deps free-transformer==0.1.2
+}
+
 install_packages
 # A folder that is no virtual environment is the user's own wheel.
 if [[ -n $wheel && (! -e $wheel || -e $wheel/pyvenv.cfg) ]] && ! wheel_is_complete; then
   install_wheel
+fi
+if [[ -n $for_python && -e $wheel/pyvenv.cfg ]] && ! python_is_complete; then
+  install_for_python
 fi
