@@ -10,18 +10,16 @@ skip() {
   echo "skipped: $1; cmake/install_dependencies.sh wheel FOLDER python installs it"
   exit 77
 }
-has() { "$python" -c "import $1" 2>&1 | tail -n 1; }
+has() { reason=$("$python" -c "import $1" 2>&1) || ! reason=${reason##*$'\n'}; }
 
-missing=$(has torch)
-[[ -z $missing ]] || skip "$python cannot import torch ($missing)"
-missing=$(has "setuptools, sysconfig as s; open(s.get_path('include') + '/Python.h')")
-[[ -z $missing ]] || skip "$python builds no extensions ($missing)"
+has torch || skip "$python cannot import torch ($reason)"
+has "setuptools, ninja, sysconfig as s; open(s.get_path('include') + '/Python.h')" ||
+  skip "$python builds no extensions ($reason)"
 
 mkdir -p "$folder"
 (cd "$here" && MAX_JOBS=1 "$python" setup.py --quiet build_ext --build-temp "$folder/objects" --build-lib "$folder")
 export PYTHONPATH=$folder PYTHONDONTWRITEBYTECODE=1
 "$python" "$here/losses_test.py"
 
-missing=$(has free_transformer)
-[[ -z $missing ]] || skip "the losses passed, but there is no model to train ($missing)"
+has free_transformer || skip "the losses passed, but there is no model to train ($reason)"
 "$python" "$here/model_test.py"
