@@ -81,14 +81,14 @@ PYTHON
 }
 
 python_is_complete() {
-  "$wheel/bin/python3" -c 'import torch, setuptools, ninja, numpy, yaml, free_transformer' 2>/dev/null
+  "$wheel/bin/python3" -c 'import torch, setuptools, numpy, yaml, free_transformer' 2>/dev/null
 }
 
 # The model names dozens of tools for its own development as requirements.
 install_for_python() {
   local pip=("$wheel/bin/python3" -m pip --quiet --disable-pip-version-check install)
   echo "Installing what Python needs for LibTorch into $wheel"
-  "${pip[@]}" torch setuptools ninja numpy pyyaml
+  "${pip[@]}" torch setuptools numpy pyyaml
   "${pip[@]}" --no-deps free-transformer==0.1.2
 }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A Python package on top of the losses: built by torch.utils.cpp_extension, then tested. Exits with 77 where that was not
-# possible, or was not possible for all.
+# A Python package on top of the losses: built by torch.utils.cpp_extension, then tested. Exits with 77
+# where that was not possible, or not for all.
 #   build_and_run.sh FOLDER PYTHON
 set -euo pipefail
 folder=$1 python=$2
@@ -13,7 +13,7 @@ skip() {
 has() { reason=$("$python" -c "import $1" 2>&1) || ! reason=${reason##*$'\n'}; }
 
 has torch || skip "$python cannot import torch ($reason)"
-has "setuptools, ninja, sysconfig as s; open(s.get_path('include') + '/Python.h')" ||
+has "setuptools, sysconfig as s; open(s.get_path('include') + '/Python.h')" ||
   skip "$python builds no extensions ($reason)"
 
 mkdir -p "$folder"

@@ -12,8 +12,8 @@ using free_transformer::FreeTransformerLossImpl;
 using free_transformer::LossMetrics;
 using free_transformer::VAELossOutput;
 
-/// The result of `compute()` as Python's (loss, dict). Other Python threads run while it computes and while the metrics,
-/// which Python gets as plain numbers, come from the device.
+/// The result of `compute()` as Python's (loss, dict). Other Python threads run while it computes, and while the
+/// metrics, which Python gets as plain numbers, come from the device.
 template <typename Compute>
 std::pair<at::Tensor, py::dict> loss_and_metrics(Compute compute) {
   at::Tensor loss;
@@ -58,8 +58,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, extension) {
                                                     ignore_index);
         });
       },
-      py::arg("logits"), py::arg("targets"), py::arg("z_logits"), py::arg("latent_dim") = 16,
-      py::arg("beta_kl") = 1.0, py::arg("free_bits") = 0.3466, py::arg("ignore_index") = -100);
+      py::arg("logits"), py::arg("targets"), py::arg("z_logits"), py::arg("latent_dim") = 16, py::arg("beta_kl") = 1.0,
+      py::arg("free_bits") = 0.3466, py::arg("ignore_index") = -100);
 
   torch::python::bind_module<FreeTransformerLossImpl>(extension, "FreeTransformerLoss")
       .def(py::init<int64_t, double, double, int64_t>(), py::arg("latent_dim") = 16, py::arg("beta_kl") = 1.0,

@@ -1,4 +1,4 @@
-"""Builds the extension where it stands: python setup.py build_ext --build-lib FOLDER, or pip install --no-build-isolation ."""
+"""Builds the extension: python setup.py build_ext --build-lib FOLDER."""
 
 from pathlib import Path
 
