@@ -4,6 +4,7 @@ import inspect
 import math
 import sys
 import threading
+import time
 import unittest
 
 import torch  # first: it loads the libraries that the extension is linked to
@@ -129,10 +130,9 @@ class Threads(unittest.TestCase):
             thread.start()
             kept = []  # what is destroyed might give the lock away, too
             go.set()
-            for _ in range(100):
+            give_up = time.monotonic() + 10
+            while not ran and time.monotonic() < give_up:
                 kept.append(compute())
-                if ran:
-                    break
             released = bool(ran)
         finally:
             sys.setswitchinterval(interval)
@@ -140,7 +140,8 @@ class Threads(unittest.TestCase):
         self.assertTrue(released)
 
     def test_losses_release_the_lock_of_python(self):
-        logits, targets, z_logits = torch.zeros(500, 2000), torch.zeros(500, dtype=torch.long), torch.zeros(500, 16)
+        # Milliseconds of work each: the other thread must wake up meanwhile.
+        logits, targets, z_logits = torch.zeros(500, 20000), torch.zeros(500, dtype=torch.long), torch.zeros(500000, 16)
         criterion = losses.FreeTransformerLoss()
         for compute in (
             lambda: losses.compute_reconstruction_loss(logits, targets),
