@@ -102,6 +102,8 @@ class LossMetrics {
   operator std::map<std::string, double>() const { return {begin(), end()}; }
 
  private:
+  friend struct LossMetricsOfRanks;  // see distributed.hpp
+
   /// Sums between those of the two terms: what beta_kl and free_bits were, weighted, as they may change between calls.
   enum Setting : int64_t {
     weighted_penalty_sum = detail::reconstruction_sum_count,
