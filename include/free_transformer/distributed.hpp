@@ -1,16 +1,24 @@
-/// Losses of many ranks that are one number: token counts and metrics of a batch that is split among processes.
+/// Losses of many ranks that are one number: a batch that is split among processes, and a vocabulary that is.
+///
+/// Needs a LibTorch with c10d; `losses.hpp` does not include it. Wherever a group is asked for, that is a pointer to a
+/// c10d::ProcessGroup or c10d::Backend, or to what has their getRank, getSize, allreduce and allgather. All its ranks make the
+/// same calls in the same order. What they cost, and what was measured: docs/distributed.md.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <tuple>
 #include <utility>
 
+#include "free_transformer/detail/autograd/vocabulary_parallel_cross_entropy.hpp"
+#include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/rank_counts.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/distributed/metrics_message.hpp"
 #include "free_transformer/detail/distributed/rank_group.hpp"
+#include "free_transformer/linear_logits.hpp"
 #include "free_transformer/loss_metrics.hpp"
 #include "free_transformer/reconstruction_loss.hpp"
 
@@ -18,23 +26,11 @@ namespace free_transformer {
 
 inline namespace FREE_TRANSFORMER_TYPES {
 
-/// Reads and makes `LossMetrics` of the message that ranks add up.
+/// The fields of `LossMetrics` for who adds them up.
 struct LossMetricsOfRanks {
-  template <typename GroupPointer>
-  static LossMetrics summed(const LossMetrics& metrics, const GroupPointer& group) {
-    constexpr const char* function = "sum_across_ranks";
-    const detail::RankGroup ranks(function, group);
-    const detail::MetricsShape shape{metrics.sums_.defined() ? metrics.sums_.numel() : 0, metrics.hinge_on_batch_mean_,
-                                     metrics.has_accuracy_, metrics.has_z_loss_, metrics.has_kl_of_each_bit_};
-    const auto [sums, common] = detail::sum_metrics(function, ranks, metrics.sums_, shape);
-    LossMetrics result;
-    if (common.sums == 0) return result;
-    result.sums_ = sums;
-    result.hinge_on_batch_mean_ = common.hinge_on_batch_mean;
-    result.has_accuracy_ = common.has_accuracy;
-    result.has_z_loss_ = common.has_z_loss;
-    result.has_kl_of_each_bit_ = common.has_kl_of_each_bit;
-    return result;
+  static auto fields(LossMetrics& metrics) {
+    return std::tie(metrics.sums_, metrics.hinge_on_batch_mean_, metrics.has_accuracy_, metrics.has_z_loss_,
+                    metrics.has_kl_of_each_bit_);
   }
 };
 
@@ -42,13 +38,54 @@ struct LossMetricsOfRanks {
 
 inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
+/// This rank's columns [P r/R, P (r+1)/R), rounded down, of logits with P columns, wherever a loss takes logits. The loss, its
+/// metrics and (of the dense logits' gradient) these columns are those of one call with all columns, on every rank.
+/// logits       [..., columns], as for `compute_reconstruction_loss`; or `LinearLogits` of this rank's rows of weight and
+///              bias and of the whole hidden, whose gradient is then the sum over ranks
+/// vocab_size   V; a rank may have no class
+/// padded_size  P >= V, default V: what lies at class V and above is padding, which is not read and gets a gradient of 0
+/// Targets are classes of the whole vocabulary and, like all options, the same on all ranks; but `weight` has this rank's
+/// columns. Options all hold, but for class probabilities and `inplace`, which are refused.
+/// Messages     two forward: an all-reduce of 37 numbers by which the ranks agree, and one of two numbers a position (one
+///              more with `weight`, one more with label smoothing), in float64. With `accuracy`, and where the logits of
+///              all ranks lie more than 600 apart at every row's best, it is instead an all-gather of one to two numbers
+///              more, of which each rank gets R times as many. None backward, but for the all-reduce of hidden's gradient.
+/// Accuracy     in the two messages only sums of exp(x - max) and single logits are combined, in float64
+/// Saved        this rank's logits (or hidden, weight and bias: backward makes their logits once more) and ten numbers a
+///              position. A second backward works; double backward is an error
+/// Throws       c10::Error on every rank if one of them refuses its arguments, such as a target that is out of range, or if they
+///              differ in vocab_size, positions, type, options or (on the CPU) targets; and with c10d's text, if a rank is
+///              missing: its time-out or the lost connection. What `compute_vae_loss` refuses of z_logits is that rank's
+///              alone. On other devices than the CPU the first message is one stall
+template <typename Logits = at::Tensor>
+class VocabParallelLogits {
+ public:
+  template <typename GroupPointer>
+  VocabParallelLogits(Logits logits, GroupPointer group, int64_t vocab_size)
+      : logits_(std::move(logits)),
+        ranks_("VocabParallelLogits", std::move(group)),
+        vocab_size_(vocab_size),
+        padded_size_(vocab_size) {}
+
+  VocabParallelLogits& padded_size(int64_t columns) { return padded_size_ = columns, *this; }
+
+  const Logits& logits() const { return logits_; }
+  const detail::RankGroup& ranks() const { return ranks_; }
+  int64_t vocab_size() const { return vocab_size_; }
+  int64_t padded_size() const { return padded_size_; }
+
+ private:
+  Logits logits_;
+  detail::RankGroup ranks_;
+  int64_t vocab_size_, padded_size_;
+};
+
 /// What a mean over the whole batch divides by, where each rank has a part of its positions: the sum of u w_y over all
 /// ranks, as `compute_reconstruction_loss` counts it in each. As the `normalizer` of every rank it makes the ranks'
 /// losses, and so their gradients, add up to those of one call with the whole batch (but for class weights beside a
 /// z-loss: that mean has two divisors, this one only the first):
 ///     options.normalizer(count_across_ranks(targets, group, options))
 /// targets  this rank's, as in `compute_reconstruction_loss`; ranks may have different shapes, or no position at all
-/// group    a pointer to a c10d::ProcessGroup or c10d::Backend, or to what has their getRank, getSize and allreduce
 /// options  ignore_index, token_weight and weight count, the rest is not looked at
 /// Returns  0-dim float64 on the targets' device, without a graph. One all-reduce of one number; nothing is copied to the host
 /// Throws   c10::Error if an argument does not fit or, on the CPU, if one of another rank does not; and what c10d
@@ -67,7 +104,40 @@ at::Tensor count_across_ranks(const at::Tensor& targets, const GroupPointer& gro
 ///          c10d reports when a rank is missing
 template <typename GroupPointer>
 LossMetrics sum_across_ranks(const LossMetrics& metrics, const GroupPointer& group) {
-  return LossMetricsOfRanks::summed(metrics, group);
+  constexpr const char* function = "sum_across_ranks";
+  LossMetrics own = metrics, result;
+  auto [sums, on_batch_mean, accuracy, z_loss, each_bit] = LossMetricsOfRanks::fields(own);
+  const detail::MetricsShape shape{sums.defined() ? sums.numel() : 0, on_batch_mean, accuracy, z_loss, each_bit};
+  const auto [total, common] = detail::sum_metrics(function, detail::RankGroup(function, group), sums, shape);
+  if (common.sums > 0) {
+    LossMetricsOfRanks::fields(result) = std::make_tuple(total, common.hinge_on_batch_mean, common.has_accuracy,
+                                                         common.has_z_loss, common.has_kl_of_each_bit);
+  }
+  return result;
+}
+
+/// A shard of dense logits as a source of logits: see `compute_reconstruction_loss`.
+inline ReconstructionResult reconstruct(const VocabParallelLogits<at::Tensor>& shard, const at::Tensor& targets,
+                                        const ReconstructionLossOptions& options) {
+  constexpr const char* function = "compute_reconstruction_loss";
+  const auto normalization = [&] {
+    return detail::checked_normalization(function, options.reduction(), options.normalizer());
+  };
+  auto result = detail::vocabulary_parallel_loss(function, shard.ranks(), shard.logits(), shard.vocab_size(),
+                                                 shard.padded_size(), targets, options, normalization);
+  return {std::move(result.loss), std::move(result.sums)};
+}
+
+/// A shard of the fused head as a source of logits: see `compute_reconstruction_loss`.
+inline ReconstructionResult reconstruct(const VocabParallelLogits<LinearLogits>& shard, const at::Tensor& targets,
+                                        const ReconstructionLossOptions& options) {
+  constexpr const char* function = "compute_reconstruction_loss";
+  const auto normalization = [&] {
+    return detail::checked_normalization(function, options.reduction(), options.normalizer());
+  };
+  auto result = detail::vocabulary_parallel_head_loss(function, shard.ranks(), shard.logits(), shard.vocab_size(),
+                                                      shard.padded_size(), targets, options, normalization);
+  return {std::move(result.loss), std::move(result.sums)};
 }
 
 }  // namespace FREE_TRANSFORMER_FUNCTIONS

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -77,12 +78,16 @@ class RankGroup {
   /// c10d's own text says which connection or time-out it was.
   template <typename Collective>
   void with_ranks_named(const char* function, const Collective& collective) const {
+    std::string reason;
     try {
-      collective();
+      return collective();
+    } catch (const c10::Error& error) {
+      reason = error.what_without_backtrace();
     } catch (const std::exception& error) {
-      TORCH_CHECK(false, function, ": all ranks of the group must take part within its time-out, but rank ", rank(),
-                  " of ", size(), " got from c10d: ", error.what());
+      reason = error.what();
     }
+    TORCH_CHECK(false, function, ": all ranks of the group must take part within its time-out, but rank ", rank(),
+                " of ", size(), " got from c10d: ", reason);
   }
 
   std::shared_ptr<Collectives> collectives_;

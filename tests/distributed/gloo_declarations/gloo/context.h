@@ -1,0 +1,20 @@
+/// What c10d's ProcessGroupGloo.hpp names of Gloo, whose headers come with neither LibTorch: enough to hold pointers to its
+/// objects, all of which LibTorch makes and ends.
+#pragma once
+
+namespace gloo {
+
+class Context;
+
+namespace transport {
+
+class Device;
+
+class UnboundBuffer {
+ public:
+  virtual ~UnboundBuffer();
+};
+
+}  // namespace transport
+
+}  // namespace gloo
