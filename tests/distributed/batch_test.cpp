@@ -85,7 +85,8 @@ TEST_CASE("The count is the weight of all positions that count on any rank", "[b
   CHECK(count_across_ranks(targets.to(torch::kInt), group(), ReconstructionLossOptions().ignore_index(2))
             .item<double>() == 3 * many);  // -100 is the loss's to refuse
   ReconstructionLossOptions options;
-  options.token_weight(tensor(std::vector<double>{0.5, 2, 4, 0}, {2, 2})).weight(tensor(std::vector<double>{1, 8, 0.25}, {3}));
+  options.token_weight(tensor(std::vector<double>{0.5, 2, 4, 0}, {2, 2}))
+      .weight(tensor(std::vector<double>{1, 8, 0.25}, {3}));
   CHECK(count_across_ranks(targets, group(), options).item<double>() == (0.5 * 1 + 2 * 0.25) * many);
   CHECK(count_across_ranks(torch::full({2, 3}, 1 / 3.0), group()).item<double>() == 2 * many);  // class probabilities
   CHECK(count_across_ranks(torch::empty({0}, torch::kLong), group()).item<double>() == 0);

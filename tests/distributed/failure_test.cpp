@@ -21,7 +21,7 @@ struct Case {
 std::string error_of_case(const Case& with) {
   const int64_t rank = ranks::rank(), size = ranks::size();
   const int64_t columns = with.padded_size * (rank + 1) / size - with.padded_size * rank / size + with.columns;
-  const Tensor shard = leaf(eighths({with.positions, columns}, with.type));
+  const Tensor shard = eighths({with.positions, columns}, with.type);
   return error_of([&] {
     compute_reconstruction_loss(VocabParallelLogits(shard, group(), with.vocab_size).padded_size(with.padded_size),
                                 with.targets, with.options);

@@ -204,7 +204,8 @@ TEST_CASE("Extreme logits over a split vocabulary are those of all columns", "[v
   const Tensor targets = tensor(std::vector<int64_t>{0, 5, 9, 11}, {4});
   const auto smoothed = ReconstructionLossOptions().z_loss(0.01).accuracy(true);
   for (const auto& options : {ReconstructionLossOptions(), smoothed}) {
-    const Tensor far_apart = eighths({4, 12}) + tensor(std::vector<double>{-1e4, 0, 3e3, 1e4}, {4, 1});  // no reference fits them all
+    const Tensor far_apart =
+        eighths({4, 12}) + tensor(std::vector<double>{-1e4, 0, 3e3, 1e4}, {4, 1});  // no reference fits them all
     // lse^2 of rows at 1e4 has a gradient of 2e4 z; both are rounded at 1e4, by 2e-12.
     CHECK(difference_from_dense(far_apart, targets, options, 1e-11) == "");
     for (const double low : {-infinity, -1e9, -700.0}) {

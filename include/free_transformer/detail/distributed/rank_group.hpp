@@ -29,7 +29,8 @@ class RankGroup {
   int64_t rank() const { return collectives_->rank(); }
   int64_t size() const { return collectives_->size(); }
 
-  /// Replaces a contiguous tensor by its sum or maximum over all ranks.
+  /// Replaces a contiguous tensor by its sum or maximum over all ranks. Like `gather`, it sends nothing where the tensors,
+  /// which have one shape on all ranks, are empty: Gloo divides by their size.
   void sum(const char* function, const at::Tensor& values) const { reduce(function, values, c10d::ReduceOp::SUM); }
   void maximum(const char* function, const at::Tensor& values) const { reduce(function, values, c10d::ReduceOp::MAX); }
 
@@ -38,7 +39,7 @@ class RankGroup {
     auto shape = values.sizes().vec();
     shape.insert(shape.begin(), size());
     const at::Tensor all = at::empty(shape, values.options());
-    with_ranks_named(function, [&] { collectives_->gather(values, all.unbind(0)); });
+    if (values.numel() > 0) with_ranks_named(function, [&] { collectives_->gather(values, all.unbind(0)); });
     return all;
   }
 
@@ -69,6 +70,7 @@ class RankGroup {
   };
 
   void reduce(const char* function, const at::Tensor& values, c10d::ReduceOp::RedOpType operation) const {
+    if (values.numel() == 0) return;
     const at::NoGradGuard no_grad;
     c10d::AllreduceOptions options;
     options.reduceOp = operation;
