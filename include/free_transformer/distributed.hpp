@@ -1,9 +1,13 @@
 /// Losses of many ranks that are one number: a batch that is split among processes, and a vocabulary that is.
 ///
 /// Needs a LibTorch with c10d; `losses.hpp` does not include it. Wherever a group is asked for, that is a pointer to a
-/// c10d::ProcessGroup or c10d::Backend, or to what has their getRank, getSize, allreduce and allgather. All its ranks make the
-/// same calls in the same order. What they cost, and what was measured: docs/distributed.md.
+/// c10d::ProcessGroup or c10d::Backend, or to what has their getRank, getSize, allreduce and allgather (intrusive, shared or
+/// plain). All its ranks make the same calls in the same order. What they cost, and what was measured: docs/distributed.md.
 #pragma once
+
+#if !__has_include(<torch/csrc/distributed/c10d/Types.hpp>)
+#error "free_transformer/distributed.hpp needs a LibTorch with c10d"
+#endif
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
@@ -47,9 +51,10 @@ inline namespace FREE_TRANSFORMER_FUNCTIONS {
 /// Targets are classes of the whole vocabulary and, like all options, the same on all ranks; but `weight` has this rank's
 /// columns. Options all hold, but for class probabilities and `inplace`, which are refused.
 /// Messages     two forward: an all-reduce of 37 numbers by which the ranks agree, and one of two numbers a position (one
-///              more with `weight`, one more with label smoothing), in float64. With `accuracy`, and where the logits of
-///              all ranks lie more than 600 apart at every row's best, it is instead an all-gather of one to two numbers
-///              more, of which each rank gets R times as many. None backward, but for the all-reduce of hidden's gradient.
+///              more with `weight`, one more with label smoothing), in float64. It is instead an all-gather of one number
+///              more (two with `accuracy`), of which each rank gets R times as many, with `accuracy` and where each rank has a
+///              position whose logits are all 600 below the highest logit of the call. None backward, but for the all-reduce
+///              of hidden's gradient, D numbers a position in the type of arithmetic
 /// Accuracy     in the two messages only sums of exp(x - max) and single logits are combined, in float64
 /// Saved        this rank's logits (or hidden, weight and bias: backward makes their logits once more) and ten numbers a
 ///              position. A second backward works; double backward is an error

@@ -2,9 +2,14 @@
 /// objects, all of which LibTorch makes and ends.
 #pragma once
 
+#include <chrono>
+
 namespace gloo {
 
-class Context;
+class Context {
+ public:
+  void setTimeout(std::chrono::milliseconds timeout);
+};
 
 namespace transport {
 
