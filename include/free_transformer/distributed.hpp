@@ -1,8 +1,9 @@
 /// Losses of many ranks that are one number: a batch that is split among processes, and a vocabulary that is.
 ///
-/// Needs a LibTorch with c10d; `losses.hpp` does not include it. Wherever a group is asked for, that is a pointer to a
-/// c10d::ProcessGroup or c10d::Backend, or to what has their getRank, getSize, allreduce and allgather (intrusive, shared or
-/// plain). All its ranks make the same calls in the same order. What they cost, and what was measured: docs/distributed.md.
+/// Needs a LibTorch with c10d; `losses.hpp` does not include it. Wherever a group is asked for, that is a pointer
+/// (intrusive, shared or plain) to a c10d::ProcessGroup or c10d::Backend, or to what has their getRank, getSize,
+/// allreduce and allgather. All its ranks make the same calls in the same order. What they cost, and what was measured:
+/// docs/distributed.md.
 #pragma once
 
 #if !__has_include(<torch/csrc/distributed/c10d/Types.hpp>)
@@ -42,26 +43,26 @@ struct LossMetricsOfRanks {
 
 inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
-/// This rank's columns [P r/R, P (r+1)/R), rounded down, of logits with P columns, wherever a loss takes logits. The loss, its
-/// metrics and (of the dense logits' gradient) these columns are those of one call with all columns, on every rank.
+/// This rank's columns [P r/R, P (r+1)/R), rounded down, of logits with P columns, wherever a loss takes logits. The
+/// loss, its metrics and these columns' gradient are those of one call with all columns, on every rank.
 /// logits       [..., columns], as for `compute_reconstruction_loss`; or `LinearLogits` of this rank's rows of weight and
-///              bias and of the whole hidden, whose gradient is then the sum over ranks
+///              bias (at least one) and of the whole hidden, whose gradient is then the sum over ranks
 /// vocab_size   V; a rank may have no class
-/// padded_size  P >= V, default V: what lies at class V and above is padding, which is not read and gets a gradient of 0
-/// Targets are classes of the whole vocabulary and, like all options, the same on all ranks; but `weight` has this rank's
-/// columns. Options all hold, but for class probabilities and `inplace`, which are refused.
-/// Messages     two forward: an all-reduce of 37 numbers by which the ranks agree, and one of two numbers a position (one
-///              more with `weight`, one more with label smoothing), in float64. It is instead an all-gather of one number
-///              more (two with `accuracy`), of which each rank gets R times as many, with `accuracy` and where each rank has a
-///              position whose logits are all 600 below the highest logit of the call. None backward, but for the all-reduce
-///              of hidden's gradient, D numbers a position in the type of arithmetic
-/// Accuracy     in the two messages only sums of exp(x - max) and single logits are combined, in float64
-/// Saved        this rank's logits (or hidden, weight and bias: backward makes their logits once more) and ten numbers a
-///              position. A second backward works; double backward is an error
-/// Throws       c10::Error on every rank if one of them refuses its arguments, such as a target that is out of range, or if they
-///              differ in vocab_size, positions, type, options or (on the CPU) targets; and with c10d's text, if a rank is
-///              missing: its time-out or the lost connection. What `compute_vae_loss` refuses of z_logits is that rank's
-///              alone. On other devices than the CPU the first message is one stall
+/// padded_size  P >= V, default V: columns from V on are padding, which is not read and gets a gradient of 0
+/// Targets are classes of the whole vocabulary and, like all options, the same on all ranks; but `weight` has this
+/// rank's columns. Options all hold, but for class probabilities and `inplace`, which are refused.
+/// Messages     two forward: an all-reduce of 37 numbers by which the ranks agree, and one of two numbers a position
+///              (one more with `weight`, one more with label smoothing), in float64. The second is an all-gather, of
+///              which each rank gets R times as many, with `accuracy` (two numbers more), and where each rank has a
+///              position with all logits 600 below the highest of the call (one more). None backward, but for the
+///              all-reduce of hidden's gradient, D numbers a position in the type of arithmetic
+/// Accuracy     sums of exp(x - max) and single logits alone are combined, in float64
+/// Saved        this rank's logits (or hidden, weight and bias: backward makes their logits once more) and ten numbers
+///              a position. A second backward works; double backward is an error
+/// Throws       c10::Error on every rank if one of them refuses its arguments, such as a target out of range, or if they
+///              differ in vocab_size, positions, type, options or (on the CPU) targets; and with c10d's text, if a rank
+///              is missing: its time-out or the lost connection. What `compute_vae_loss` refuses of z_logits is that
+///              rank's alone. On other devices than the CPU the first message is one stall
 template <typename Logits = at::Tensor>
 class VocabParallelLogits {
  public:
@@ -92,7 +93,7 @@ class VocabParallelLogits {
 ///     options.normalizer(count_across_ranks(targets, group, options))
 /// targets  this rank's, as in `compute_reconstruction_loss`; ranks may have different shapes, or no position at all
 /// options  ignore_index, token_weight and weight count, the rest is not looked at
-/// Returns  0-dim float64 on the targets' device, without a graph. One all-reduce of one number; nothing is copied to the host
+/// Returns  0-dim float64 on the targets' device, without a graph. One all-reduce of one number, and no copy to the host
 /// Throws   c10::Error if an argument does not fit or, on the CPU, if one of another rank does not; and what c10d
 ///          reports when a rank is missing: its time-out or the lost connection
 template <typename GroupPointer>

@@ -15,7 +15,8 @@ constexpr int64_t classes = 7, latent_dim = 5;
 /// Both orders of adding up some dozens of numbers near 1 in float64.
 constexpr double relative = 1e-13;
 
-/// A batch, and this rank's part of it: 3 positions on rank 0, 0 on the next, then 1, 4, and all that is left on the last.
+/// A batch, and this rank's part of it: 3 positions on rank 0, 0 on the next, then 1, 4, and all that is left on the
+/// last.
 struct Batch {
   Tensor logits, targets, z_logits, token_weight, class_weight;
 

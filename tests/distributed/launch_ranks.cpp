@@ -1,6 +1,6 @@
-// Starts a program once for each rank, and waits for all of them: launch_ranks RANKS SECONDS [--killed RANK] PROGRAM ARGUMENTS...
-// Each finds RANK, WORLD_SIZE and MEETING_FILE in its environment. Fails if one of them does, or is not done after so many
-// seconds, when all are killed; a rank that is named as killed must have been killed, by itself.
+// Starts a program once for each rank, and waits for all of them: launch_ranks RANKS SECONDS [--killed RANK] PROGRAM
+// ARGUMENTS... Each finds RANK, WORLD_SIZE and MEETING_FILE in its environment. Fails if one of them does, or is not
+// done after so many seconds, when all are killed; a rank that is named as killed must have been killed, by itself.
 #include <fcntl.h>
 #include <spawn.h>
 #include <sys/wait.h>

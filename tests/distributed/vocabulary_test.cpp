@@ -14,9 +14,10 @@ using ranks::group;
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
-/// Float64 against all columns at once. The rows' sums are scaled by exp(m - c) with |m - c| <= 1250, whose argument is rounded
-/// by 2^-43 = 1.1e-13 at most, and so are the logarithms that come of them. A coefficient of the gradient (at most 43, see
-/// linear_logits_test.cpp) moves by a few times that, as does a loss to which up to 50 rows of weight 2 add.
+/// Float64 against all columns at once. The rows' sums are scaled by exp(m - c) with |m - c| <= 1250, whose argument is
+/// rounded by 2^-43 = 1.1e-13 at most, and so are the logarithms that come of them. A coefficient of the gradient (at
+/// most 43, see linear_logits_test.cpp) moves by a few times that, as does a loss to which up to 50 rows of weight 2
+/// add.
 constexpr double relative = 2e-12;
 
 /// The columns of this rank, by the contract's own formula.

@@ -1,8 +1,8 @@
 /// Cross entropy over a vocabulary that is split among ranks, as a node of the graph.
 ///
-/// Forward, in two messages: one that all ranks agree by, one with the rows' sums. Saved for backward: the columns of this
-/// rank (or what makes them) and ten numbers a row. Backward is local, but for the gradient of hidden, which all ranks' heads
-/// add to.
+/// Forward, in two messages: one that all ranks agree by, one with the rows' sums. Saved for backward: the columns of
+/// this rank (or what makes them) and ten numbers a row. Backward is local, but for the gradient of hidden, which all
+/// ranks' heads add to.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -60,8 +60,8 @@ inline CrossEntropyPositions shard_positions(const ShardProblem& problem) {
   return positions;
 }
 
-/// From the messages of all ranks, each of which has refused or brings its problem. `positioned` has the positions in front
-/// of its last size.
+/// From the messages of all ranks, each of which has refused or brings its problem. `positioned` has the positions in
+/// front of its last size.
 inline ShardLoss loss_of_ranks(const char* function, const RankGroup& ranks, const at::Tensor& positioned,
                                const std::optional<ShardProblem>& problem, bool count_hits,
                                const std::exception_ptr& refusal) {
@@ -146,7 +146,8 @@ class ShardLogitsPass final : public VocabularyParallelPass {
   }
 };
 
-/// The logits are made once more in backward: their gradient depends on the other ranks' shards, and does not exist before.
+/// The logits are made once more in backward: their gradient depends on the other ranks' shards, and does not exist
+/// before.
 class ShardHeadPass final : public VocabularyParallelPass {
  public:
   ShardHeadPass(const ShardProblem& problem, ShardLoss loss, RankGroup ranks, int64_t block_bytes)

@@ -51,8 +51,8 @@ at::Tensor checked_count(const char* function, const at::Tensor& targets, const 
   return ordered_sum(weight, wide);
 }
 
-/// The count of all ranks. A rank that refuses its arguments takes part with a NaN, so that no other waits for it: on the
-/// CPU all see that, elsewhere the loss shows it.
+/// The count of all ranks. A rank that refuses its arguments takes part with a NaN, so that no other waits for it: on
+/// the CPU all see that, elsewhere the loss shows it.
 template <typename Options>
 at::Tensor count_of_ranks(const char* function, const at::Tensor& targets, const RankGroup& ranks,
                           const Options& options) {

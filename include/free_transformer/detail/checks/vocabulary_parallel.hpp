@@ -40,8 +40,8 @@ inline void check_shard_logits(const char* function, const at::Tensor& logits, c
   check_columns(function, "logits", logits.size(-1), shard, rank);
 }
 
-/// The settings of a shard of logits, which have the positions, device and type of `positioned` (and another last size):
-/// global targets, and the class weights of this rank's classes.
+/// The settings of a shard of logits, which have the positions, device and type of `positioned` (and another last
+/// size): global targets, and the class weights of this rank's classes.
 template <typename Options>
 CrossEntropySettings checked_shard_settings(const char* function, const at::Tensor& targets, Options options,
                                             const at::Tensor& positioned, const VocabularyShard& shard) {

@@ -1,4 +1,5 @@
-/// The first message of a loss that ranks compute together: whether all of them can go on, and whether they compute the same.
+/// The first message of a loss that ranks compute together: whether all of them can go on, and whether they compute the
+/// same.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -45,8 +46,8 @@ inline double checksum(const at::Tensor& values) {
 }
 
 /// The maximum over ranks of what each has found out, once it is known that all of them go on with the same numbers.
-/// One all-reduce of 1 + 2 common + found numbers, whatever the shapes are: messages that depend on a shape come after it.
-/// A rank that refuses its arguments takes part with its refusal, which then is the error of each rank.
+/// One all-reduce of 1 + 2 common + found numbers, whatever the shapes are: messages that depend on a shape come after
+/// it. A rank that refuses its arguments takes part with its refusal, which then is the error of each rank.
 template <size_t count, size_t found_count>
 std::array<double, found_count> agree(const char* function, const RankGroup& ranks, const at::Device& device,
                                       const CommonNumbers<count>& common, const std::array<double, found_count>& found,

@@ -57,8 +57,8 @@ inline MetricsShape common_shape(const char* function, const at::Tensor& message
           !is_zero(field[z_loss_field]), !is_zero(field[each_bit_field])};
 }
 
-/// The sums of all ranks, and their shape. On another device than the CPU the message is not looked at: `own` is then taken to
-/// be every rank's shape.
+/// The sums of all ranks, and their shape. On another device than the CPU the message is not looked at: `own` is then
+/// taken to be every rank's shape.
 inline std::pair<at::Tensor, MetricsShape> sum_metrics(const char* function, const RankGroup& ranks,
                                                        const at::Tensor& sums, const MetricsShape& own) {
   const auto options = sums.defined() ? sums.options() : at::TensorOptions(at::kDouble);

@@ -16,8 +16,8 @@
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
-/// Any group that a pointer leads to (intrusive, shared or plain): c10d's ProcessGroup, its Backend since LibTorch 2.0, or
-/// a stand-in. They have getRank(), getSize(), allreduce and allgather in common, in every LibTorch.
+/// Any group that a pointer leads to (intrusive, shared or plain): c10d's ProcessGroup, its Backend since LibTorch 2.0,
+/// or a stand-in. They have getRank(), getSize(), allreduce and allgather in common, in every LibTorch.
 class RankGroup {
  public:
   template <typename GroupPointer>
@@ -29,8 +29,8 @@ class RankGroup {
   int64_t rank() const { return collectives_->rank(); }
   int64_t size() const { return collectives_->size(); }
 
-  /// Replaces a contiguous tensor by its sum or maximum over all ranks. Like `gather`, it sends nothing where the tensors,
-  /// which have one shape on all ranks, are empty: Gloo divides by their size.
+  /// Replaces a contiguous tensor by its sum or maximum over all ranks. Like `gather`, it sends nothing where the
+  /// tensors, which have one shape on all ranks, are empty: Gloo divides by their size.
   void sum(const char* function, const at::Tensor& values) const { reduce(function, values, c10d::ReduceOp::SUM); }
   void maximum(const char* function, const at::Tensor& values) const { reduce(function, values, c10d::ReduceOp::MAX); }
 

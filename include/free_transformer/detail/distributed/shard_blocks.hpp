@@ -35,8 +35,8 @@ inline at::Tensor rows_of_hidden(const LinearInputs& inputs, const at::Tensor& l
   return hidden.reshape({-1, hidden.size(-1)}).masked_fill(left_out.unsqueeze(1), 0);
 }
 
-/// visit(logits [rows, classes], first row, hidden of the rows) for all rows of hidden, [N, D]. The logits are in a buffer
-/// in the type of arithmetic, and visit may change them.
+/// visit(logits [rows, classes], first row, hidden of the rows) for all rows of hidden, [N, D]. The logits are in a
+/// buffer in the type of arithmetic, and visit may change them.
 template <typename Visit>
 void for_each_shard_block(const LinearInputs& classes, const at::Tensor& hidden, const Visit& visit) {
   const int64_t rows = hidden.size(0);

@@ -31,8 +31,8 @@ inline VocabularyRows summed_rows(const char* function, const RankGroup& ranks, 
   return all;
 }
 
-/// One all-gather of three to six numbers a row, of which each rank gets those of all: where no reference fits all rows, or
-/// where each rank's most likely class is wanted.
+/// One all-gather of three to six numbers a row, of which each rank gets those of all: where no reference fits all
+/// rows, or where each rank's most likely class is wanted.
 inline VocabularyRows gathered_rows(const char* function, const RankGroup& ranks, ShardRows rows,
                                     const at::Tensor& targets) {
   const int64_t count = targets.size(0);

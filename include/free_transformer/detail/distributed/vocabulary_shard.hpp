@@ -1,9 +1,10 @@
-/// One rank's columns of the logits: what its rows say, what the rows of all ranks say together, and the gradient of its own.
+/// One rank's columns of the logits: what its rows say, what the rows of all ranks say together, and the gradient of
+/// its own.
 ///
-/// Each rank keeps its rows' maximum m and sum of exp(x - m), both without the target, whose logit it has or has not. All
-/// ranks scale their sums to one reference c and add them up:  others = sum_r exp(m_r - c) sum_r. What follows is that of
-/// one rank: nll = log(1 + others / exp(x_y - c)), which keeps the relative accuracy of a confident model. Sums over a row
-/// are in the type of arithmetic, everything of one number a row is in float64.
+/// Each rank keeps its rows' maximum m and sum of exp(x - m), both without the target, whose logit it has or has not.
+/// All ranks scale their sums to one reference c and add them up:  others = sum_r exp(m_r - c) sum_r. What follows is
+/// that of one rank: nll = log(1 + others / exp(x_y - c)), which keeps the relative accuracy of a confident model. Sums
+/// over a row are in the type of arithmetic, everything of one number a row is in float64.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -257,8 +258,8 @@ inline ShardGradient shard_gradient(const ShardRows& here, const VocabularyRows&
   return of;
 }
 
-/// The gradient of a block of this rank's columns, in the type of arithmetic; `of` and upstream ([rows] or 0-dim, float64)
-/// are the block's.
+/// The gradient of a block of this rank's columns, in the type of arithmetic; `of` and upstream ([rows] or 0-dim,
+/// float64) are the block's.
 inline at::Tensor gradient_of_shard_block(const at::Tensor& block, const ShardTargets& targets, const ShardGradient& of,
                                           const CrossEntropySettings& settings, const at::Tensor& upstream) {
   const at::Tensor logits = plain::arithmetic_logits(block, settings.softcap);

@@ -1,5 +1,5 @@
-/// What c10d's ProcessGroupGloo.hpp names of Gloo, whose headers come with neither LibTorch: enough to hold pointers to its
-/// objects, all of which LibTorch makes and ends.
+/// What c10d's ProcessGroupGloo.hpp names of Gloo, whose headers come with neither LibTorch: enough to hold pointers to
+/// its objects, all of which LibTorch makes and ends.
 #pragma once
 
 #include <chrono>
