@@ -15,7 +15,7 @@ while (($#)); do
   case $1 in
     examples) packages+=(libcli11-dev gnuplot-nox) ;;
     tests) packages+=(catch2 clang-14 libbenchmark-dev valgrind) ;;
-    sanitizers) packages+=(libclang-rt-14-dev) ;;
+    sanitizers) packages+=(libclang-rt-14-dev libomp-14-dev) ;;
     docs) packages+=(doxygen) ;;
     matrix) packages+=(clang-14 clang-tidy-14 g++-aarch64-linux-gnu qemu-user) ;;
     wheel) packages+=(python3-venv) wheel=$2 && shift ;;
