@@ -1,7 +1,7 @@
 /// The free-bits KL of many positions with its gradient, in one pass of vector code.
 ///
 /// An element costs one exp, one division and two polynomials; each is read once and its gradient written once. The KL
-/// is within 2 ulp over every float32 (tests/benchmark/every_float.cpp measures it), its gradient within 4.
+/// is within 2 ulp over every float32 (tests/exhaustive measures it), its gradient within 4.
 #pragma once
 
 #include <algorithm>

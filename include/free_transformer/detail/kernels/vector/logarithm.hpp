@@ -1,4 +1,4 @@
-/// log(1 + x) on vectors of float32, for x >= 0. Worst error 2 ulp.
+/// log(1 + x) on vectors of float32, for x from 0 to 2^127, which no sum of exponentials reaches. Worst error 2 ulp.
 #pragma once
 
 #include <cstdint>
