@@ -1,5 +1,5 @@
 #!/bin/sh
-# A step in micro-batches, here of three, three and two windows, is the step of the whole batch, to rounding:
+# A step in micro-batches, here of two, three and three windows, is the step of the whole batch, to rounding:
 # check_accumulation.sh PROGRAM
 set -eu
 program=$1

@@ -63,12 +63,13 @@ class FreeTransformerImpl : public torch::nn::Module {
     }
   }
 
-  /// tokens [batch, positions], int64; codes are sampled from the encoder's posterior.
-  ModelOutput forward(const torch::Tensor& tokens) {
+  /// tokens [batch, positions], int64; codes are sampled from the encoder's posterior. Where the tokens are those from row `first`
+  /// on of a batch of `whole` rows, their codes are what that batch would have got with the same generator.
+  ModelOutput forward(const torch::Tensor& tokens, int64_t first = 0, int64_t whole = 0) {
     const auto x = read(tokens);
     const auto z_logits = infer(x);
     if (options_.baseline) return {write(x, x), z_logits};
-    const auto codes = sample_codes(z_logits);
+    const auto codes = whole > z_logits.size(0) ? sample_codes_of_part(z_logits, first, whole) : sample_codes(z_logits);
     return {write(x, x + free_transformer::map_latent_codes(z_logits, codes, codebook_->weight)), z_logits};
   }
 
@@ -104,6 +105,13 @@ class FreeTransformerImpl : public torch::nn::Module {
 
   static torch::Tensor sample_codes(const torch::Tensor& z_logits) {
     return free_transformer::pack_latent_bits(free_transformer::sample_latent_bits(z_logits));
+  }
+
+  /// Draws for the whole batch, whatever its other rows are.
+  static torch::Tensor sample_codes_of_part(const torch::Tensor& z_logits, int64_t first, int64_t whole) {
+    const auto of_all = z_logits.new_zeros({whole, z_logits.size(1), z_logits.size(2)});
+    of_all.narrow(0, first, z_logits.size(0)).copy_(z_logits.detach());
+    return sample_codes(of_all).narrow(0, first, z_logits.size(0));
   }
 
   torch::Tensor read(const torch::Tensor& tokens) {

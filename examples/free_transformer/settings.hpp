@@ -42,6 +42,7 @@ struct Settings {
   // of the time. With another program on one of them a step takes eight times as long as with one thread, as a thread that
   // waits keeps the core busy that the other one needs; where OMP_WAIT_POLICY=PASSIVE lets it sleep, two to five times.
   int threads = 1;
+  int timeout = 300;
 
   int64_t validate_every = 200;
   int64_t validation_batches = 8;
@@ -116,6 +117,8 @@ inline void add_training_options(CLI::App& app, Settings& settings) {
       ->check(CLI::NonNegativeNumber);
   app.add_option("--seed", settings.seed, "Same seed, threads and steps: same numbers");
   app.add_option("--threads", settings.threads, "Threads that compute; more than one need cores of their own")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--timeout", settings.timeout, "Seconds that a rank of several waits for the others")
       ->check(CLI::PositiveNumber);
   app.add_option("--validate-every", settings.validate_every,
                  "Steps from one look at held-out text to the next; 0: none")

@@ -20,15 +20,29 @@ namespace example {
 struct Batch {
   torch::Tensor tokens;   // int64 [batch, positions]
   torch::Tensor targets;  // int64 [batch, positions]: the byte after each token
+  int64_t first = 0;      // of its windows in the batch that it is a part of
+  int64_t whole = 0;      // windows of that batch; 0 for one that is no part
 };
+
+/// `windows` of a batch, or of a part of one, from `first` on.
+inline Batch part_of(const Batch& batch, int64_t first, int64_t windows) {
+  return {batch.tokens.narrow(0, first, windows), batch.targets.narrow(0, first, windows), batch.first + first,
+          batch.whole == 0 ? batch.tokens.size(0) : batch.whole};
+}
+
+/// Part `index` of `count` of nearly the same number of windows.
+inline Batch share_of(const Batch& batch, int64_t index, int64_t count) {
+  const auto windows = batch.tokens.size(0);
+  const auto first = windows * index / count;
+  return part_of(batch, first, windows * (index + 1) / count - first);
+}
 
 /// At most `count` parts of nearly the same number of windows.
 inline std::vector<Batch> parts_of(const Batch& batch, int64_t count) {
-  const auto tokens = batch.tokens.chunk(count);
-  const auto targets = batch.targets.chunk(count);
   std::vector<Batch> parts;
-  for (size_t index = 0; index < tokens.size(); ++index) {
-    parts.push_back({tokens[index], targets[index]});
+  const auto parts_with_windows = std::min(count, batch.tokens.size(0));
+  for (int64_t index = 0; index < parts_with_windows; ++index) {
+    parts.push_back(share_of(batch, index, parts_with_windows));
   }
   return parts;
 }

@@ -3,14 +3,17 @@
 
 #include <CLI/CLI.hpp>
 
+#include <chrono>
 #include <cstdio>
 #include <exception>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "evaluate_command.hpp"
 #include "generate_command.hpp"
+#include "ranks.hpp"
 #include "settings.hpp"
 #include "synthetic_command.hpp"
 #include "train_command.hpp"
@@ -51,7 +54,13 @@ int run(int argument_count, char** arguments) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error);
   }
-  if (*train_command) train(settings);
+  const auto rendezvous = rendezvous_of_environment();
+  if (*train_command) {
+    Ranks ranks(rendezvous, std::chrono::seconds(settings.timeout));
+    train(settings, ranks);
+  } else if (rendezvous.size > 1) {
+    throw std::runtime_error("WORLD_SIZE must be 1 for all commands but train, got " + std::to_string(rendezvous.size));
+  }
   if (*generate_command) generate(generate_settings);
   if (*evaluate_command) evaluate(evaluate_settings);
   if (*synthetic_command) run_synthetic(synthetic_settings);

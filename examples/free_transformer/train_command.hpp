@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
+#include <stdexcept>
 #include <string>
 
 #include <free_transformer/loss_metrics.hpp>
@@ -15,6 +16,7 @@
 #include "model.hpp"
 #include "optimizer.hpp"
 #include "plot.hpp"
+#include "ranks.hpp"
 #include "settings.hpp"
 #include "text.hpp"
 #include "text_files.hpp"
@@ -47,16 +49,20 @@ inline std::string settings_text(const Settings& settings, const Text& training,
   return text;
 }
 
-/// Takes up the last checkpoint if that is asked for, or clears the folder for a new training.
-inline void begin_or_resume(const Settings& settings, TrainingState& state, const std::string& text) {
-  std::filesystem::create_directories(settings.output_folder);
-  if (!settings.resume) {
-    remove_checkpoints(settings.output_folder);
-  } else if (load_checkpoint(settings.output_folder, state, text)) {
+/// Takes up the last checkpoint if that is asked for, or clears the folder for a new training. Only rank 0 writes there.
+inline void begin_or_resume(const Settings& settings, Ranks& ranks, TrainingState& state, const std::string& text) {
+  ranks.check_same("settings and text", fingerprint(text.data(), text.size()));
+  if (ranks.is_first()) {
+    std::filesystem::create_directories(settings.output_folder);
+    if (!settings.resume) remove_checkpoints(settings.output_folder);
+  }
+  ranks.barrier();
+  if (settings.resume && load_checkpoint(settings.output_folder, state, text)) {
     std::printf("going on after step %lld\n", static_cast<long long>(state.step));
-  } else {
+  } else if (settings.resume) {
     std::printf("no checkpoint in %s: a new training\n", settings.output_folder.c_str());
   }
+  check_same_model(ranks, state);
 }
 
 inline void announce_length(const Settings& settings) {
@@ -68,7 +74,19 @@ inline void announce_length(const Settings& settings) {
   std::fflush(stdout);
 }
 
-inline void train(const Settings& settings) {
+inline void check_batch(const Settings& settings, const Ranks& ranks) {
+  if (settings.batch_size < ranks.size()) {
+    throw std::runtime_error("--batch-size must give each rank a window, got " + std::to_string(settings.batch_size) +
+                             " windows and " + std::to_string(ranks.size()) + " ranks");
+  }
+}
+
+/// Only rank 0 speaks, and writes files; what follows the training is its work alone.
+inline void train(const Settings& settings, Ranks& ranks) {
+  check_batch(settings, ranks);
+  if (!ranks.is_first() && std::freopen("/dev/null", "w", stdout) == nullptr) {
+    throw std::runtime_error("cannot open /dev/null");
+  }
   at::set_num_threads(settings.threads);
   torch::manual_seed(settings.seed);
   const auto files = find_text_files(settings.text);
@@ -79,13 +97,16 @@ inline void train(const Settings& settings) {
               files.training.size(), static_cast<long long>(training_text.size()), files.held_out.size(),
               static_cast<long long>(held_out_text.size()), static_cast<long long>(parameter_count(*model)),
               at::get_num_threads());
+  if (ranks.size() > 1)
+    std::printf("%d ranks share each step's %lld windows\n", ranks.size(), static_cast<long long>(settings.batch_size));
   announce_length(settings);
 
   Optimizer optimizer(*model, settings.optimizer);
   TrainingState state{model, optimizer};
   const auto text = settings_text(settings, training_text, held_out_text);
-  begin_or_resume(settings, state, text);
-  Training(settings, training_text, held_out_text, state, text).run();
+  begin_or_resume(settings, ranks, state, text);
+  Training(settings, ranks, training_text, held_out_text, state, text).run();
+  if (!ranks.is_first()) return;
 
   auto criterion = make_criterion(settings);
   report_evaluation(validate(model, criterion, held_out_text, settings, settings.evaluation_batches));
@@ -95,6 +116,12 @@ inline void train(const Settings& settings) {
       continue_text(model, prompt, draw_codes(model, prompt, settings.sample_bytes, /*samples=*/1)).at(0);
   std::printf("\nA sample%s:\n%s\n", settings.model.baseline ? "" : ", its codes drawn from the prior",
               without_control_characters(settings.prompt + sample).c_str());
+}
+
+/// By this process alone.
+inline void train(const Settings& settings) {
+  Ranks alone;
+  train(settings, alone);
 }
 
 }  // namespace example
