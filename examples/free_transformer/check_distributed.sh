@@ -28,6 +28,11 @@ train() {
     "$@" >"$folder.out" 2>"$folder.err"
 }
 
+log_of() { sed 's/,[^,]*$//' "$1/training_log.csv"; }  # all columns but the last one, the seconds
+
+# Two ranks add up two gradients, as one process does with those of two micro-batches.
+diff <(log_of parts) <(log_of two) || fail "two ranks give other numbers than one process with two micro-batches"
+
 # A row is one step. The sums over 128 tokens and 20,000 weights are the same but for their order, each within some roundings of
 # 6e-8. Adam divides by the gradient's size, so that a weight whose gradient is all rounding may take another step.
 compare() { "$scripts/compare_logs.sh" "$1/training_log.csv" "$2/training_log.csv" 1e-6 1e-4; }
@@ -35,6 +40,7 @@ compare() { "$scripts/compare_logs.sh" "$1/training_log.csv" "$2/training_log.cs
 short="--steps 30 --checkpoint-every 1"
 train 1 one $short
 train 2 two $short
+train 1 parts $short --micro-batches 2
 train 3 three $short --micro-batches 2  # shares of two, three and three windows
 compare one two || fail "two ranks give other numbers than one process"
 compare one three || fail "three ranks give other numbers than one process"
@@ -85,7 +91,6 @@ cp -r killed killed_alone
 train 2 unbroken $long
 train 2 killed $long --resume
 grep -q 'going on after step' killed.out || fail "the last checkpoint was not taken"
-log_of() { sed 's/,[^,]*$//' "$1/training_log.csv"; }  # all but the seconds
 diff <(log_of unbroken) <(log_of killed) || fail "the resumed training's numbers are others"
 train 1 killed_alone $long --resume
 "$scripts/compare_logs.sh" unbroken/training_log.csv killed_alone/training_log.csv 0 1e-3 ||

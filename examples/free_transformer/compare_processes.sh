@@ -1,6 +1,6 @@
 #!/bin/sh
-# Trains a small model by one process, and again by two on this machine; prints the largest relative differences of their logs, and
-# draws both curves: compare_processes.sh PROGRAM [SETTINGS OF TRAIN...]
+# Trains a small model by one process, and again by two on this machine; prints the largest relative differences of their
+# logs, and draws both curves: compare_processes.sh PROGRAM [SETTINGS OF TRAIN...]
 set -eu
 program=$1
 shift

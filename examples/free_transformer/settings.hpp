@@ -42,7 +42,7 @@ struct Settings {
   // of the time. With another program on one of them a step takes eight times as long as with one thread, as a thread that
   // waits keeps the core busy that the other one needs; where OMP_WAIT_POLICY=PASSIVE lets it sleep, two to five times.
   int threads = 1;
-  int timeout = 300;
+  int timeout = 300;  // seconds that one rank waits for another, also while rank 0 validates
 
   int64_t validate_every = 200;
   int64_t validation_batches = 8;
