@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -12,9 +13,11 @@ namespace example {
 
 /// Over pairs of samples. Where one Z and another Z agree alike, Z carries nothing of it.
 ///     position  share of the pairs whose targets begin at the same place
+///     distance  characters from one target to the other, on average
 ///     noise     share of one sample's '!' that are '!' in the other, too
 struct Agreement {
   double position = 0.0;
+  double distance = 0.0;
   double noise = 0.0;
 };
 
@@ -26,18 +29,22 @@ struct LatentAgreement {
 /// samples[z] are the texts after the prompt that were written with one Z, a different one for each z.
 inline LatentAgreement measure_agreement(const std::vector<std::vector<std::string>>& samples, char letter) {
   struct Counts {
-    int64_t pairs = 0, same_position = 0, noise = 0, same_noise = 0;
+    int64_t pairs = 0, same_position = 0, distance = 0, noise = 0, same_noise = 0;
 
     void add(const std::string& left, const std::string& right, char target_letter) {
       ++pairs;
-      same_position += target_position(left, target_letter) == target_position(right, target_letter);
+      const auto difference = target_position(left, target_letter) - target_position(right, target_letter);
+      same_position += difference == 0;
+      distance += std::abs(difference);
       for (size_t index = 0; index < left.size() && index < right.size(); ++index) {
         noise += left[index] == '!';
         same_noise += left[index] == '!' && right[index] == '!';
       }
     }
 
-    Agreement agreement() const { return {share(same_position, pairs), share(same_noise, noise)}; }
+    Agreement agreement() const {
+      return {share(same_position, pairs), share(distance, pairs), share(same_noise, noise)};
+    }
 
     static double share(int64_t part, int64_t whole) {
       return whole == 0 ? 0.0 : static_cast<double>(part) / static_cast<double>(whole);
@@ -61,11 +68,13 @@ inline LatentAgreement measure_agreement(const std::vector<std::vector<std::stri
   return {one.agreement(), other.agreement(), Counts::share(well_formed, count)};
 }
 
-/// In words: what samples with one Z share by more than half of what others leave open.
+/// In words: position, if targets with one Z lie less than half as far apart as others; noise, if samples with one Z
+/// share more than half of the noise that others do not.
 inline std::string carried(const LatentAgreement& agreement) {
-  const auto carries = [](double one, double other) { return one - other > (1.0 - other) / 2.0; };
-  const bool position = carries(agreement.one_latent.position, agreement.other_latents.position);
-  const bool noise = carries(agreement.one_latent.noise, agreement.other_latents.noise);
+  const auto& one = agreement.one_latent;
+  const auto& other = agreement.other_latents;
+  const bool position = one.distance < other.distance / 2.0;
+  const bool noise = one.noise - other.noise > (1.0 - other.noise) / 2.0;
   if (position && noise) return "position and noise";
   return position ? "position" : noise ? "noise" : "nothing";
 }

@@ -9,8 +9,7 @@
 
 namespace example {
 
-/// Without bias; weights are normal. A scale of 1 keeps the size of the input, and 0 makes a layer that adds nothing
-/// yet.
+/// Without bias; weights are normal. A scale of 1 keeps the size of the input.
 inline torch::nn::Linear linear(int64_t inputs, int64_t outputs, double scale = 1.0) {
   torch::nn::Linear layer(torch::nn::LinearOptions(inputs, outputs).bias(false));
   torch::nn::init::normal_(layer->weight, 0.0, scale / std::sqrt(static_cast<double>(inputs)));
@@ -32,13 +31,15 @@ class RMSNormImpl : public torch::nn::Module {
 };
 TORCH_MODULE(RMSNorm);
 
-/// e^(i·t·θ_j) for position t and pair j of each head, θ_j = 10000^(−j / pairs), complex [context, width / 2].
+/// e^(i·t·θ_j) for position t and pair j of each head, θ_j = context^(−j / pairs), complex [context, width / 2]. The
+/// slowest pair turns by a radian or two over the context; with the usual 10000 half of them would hardly turn at all.
 /// The angles repeat from head to head, so that all heads turn in one product.
 inline torch::Tensor rotary_table(int64_t context, int64_t width, int64_t heads) {
   TORCH_CHECK(width % (2 * heads) == 0, "rotary_table: width must be a multiple of twice the heads, got width ", width,
               " and ", heads, " heads");
   const auto pairs = width / heads / 2;
-  const auto frequencies = torch::pow(10000.0, torch::arange(pairs, torch::kFloat64) / -static_cast<double>(pairs));
+  const auto slowest = static_cast<double>(context);
+  const auto frequencies = torch::pow(slowest, torch::arange(pairs, torch::kFloat64) / -static_cast<double>(pairs));
   const auto angles = torch::outer(torch::arange(context, torch::kFloat64), frequencies).repeat({1, heads});
   return torch::polar(torch::ones_like(angles), angles).to(torch::kComplexFloat);
 }
@@ -61,7 +62,7 @@ class AttentionImpl : public torch::nn::Module {
       : heads_(heads),
         query_(register_module("query", linear(width, width))),
         key_value_(register_module("key_value", linear(width, 2 * width))),
-        output_(register_module("output", linear(width, width, /*scale=*/0.0))),
+        output_(register_module("output", linear(width, width, /*scale=*/0.5))),
         rotary_(register_buffer("rotary", rotary_table(context, width, heads))) {
     if (causal) {
       mask_ = register_buffer("mask", causal_mask(context));
@@ -113,13 +114,15 @@ class SwiGLUImpl : public torch::nn::Module {
  private:
   SwiGLUImpl(int64_t width, int64_t hidden)
       : gate_up_(register_module("gate_up", linear(width, 2 * hidden))),
-        down_(register_module("down", linear(hidden, width, /*scale=*/0.0))) {}
+        down_(register_module("down", linear(hidden, width, /*scale=*/0.5))) {}
 
   torch::nn::Linear gate_up_, down_;
 };
 TORCH_MODULE(SwiGLU);
 
-/// x + attention, then + SwiGLU, each behind its RMSNorm.
+/// x + attention, then + SwiGLU, each behind its RMSNorm. Both add something from the first step. If they began with 0,
+/// as is often done, the encoder would have no gradient until the decoder reads Z, and the decoder no reason to read it
+/// until the encoder has learnt.
 class BlockImpl : public torch::nn::Module {
  public:
   BlockImpl(int64_t width, int64_t heads, int64_t context, bool causal)

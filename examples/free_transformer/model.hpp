@@ -3,6 +3,7 @@
 
 #include <torch/torch.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -21,9 +22,9 @@ struct ModelOptions {
   int64_t blocks = 4;
   int64_t heads = 4;
   int64_t context = 128;
-  // The paper has 16. The gradient passes through all 2^H codes: with 1024 tokens a step and H = 16 that is a product of 17
-  // GFLOP, twice as much as the rest of the model; with H = 8 it is 1 % of it.
-  int64_t latent_dim = 8;
+  // As in the paper. The gradient passes through all 2^H codes: with 1024 tokens a step that is a product of 17 GFLOP,
+  // twice as much as the rest of the model; with H = 8 it is 1 % of it.
+  int64_t latent_dim = 16;
   bool baseline = false;  // the same decoder without Z and encoder
 
   /// Each option with its name: visit(name, option).
@@ -44,6 +45,15 @@ struct ModelOutput {
   torch::Tensor z_logits;  // [batch, positions, latent_dim]
 };
 
+/// A codebook [2^H, width] to begin with: a row is the sum of a vector for each bit, plus or minus, and as large as an
+/// embedding's. So a bit has one direction from the first step. Were each row drawn by itself, what a bit changes in the
+/// mean of all codes, which is all that the encoder's gradient sees, would be smaller than a row by 2^(H/2 - 1).
+inline torch::Tensor rows_of_bits(int64_t latent_dim, int64_t width) {
+  const auto bits = free_transformer::unpack_latent_codes(torch::arange(int64_t{1} << latent_dim), latent_dim);
+  const auto directions = torch::randn({latent_dim, width}) / std::sqrt(static_cast<double>(latent_dim));
+  return (bits.to(torch::kFloat) * 2 - 1).matmul(directions);
+}
+
 class FreeTransformerImpl : public torch::nn::Module {
  public:
   explicit FreeTransformerImpl(const ModelOptions& options)
@@ -59,7 +69,9 @@ class FreeTransformerImpl : public torch::nn::Module {
       encoder_query_ = register_parameter("encoder_query", torch::randn({1, 1, options.width}));
       encoder_norm_ = register_module("encoder_norm", RMSNorm(options.width));
       encoder_head_ = register_module("encoder_head", linear(options.width, options.latent_dim, /*scale=*/0.5));
-      codebook_ = register_module("codebook", torch::nn::Embedding(code_count(), options.width));
+      codebook_ = register_module(
+          "codebook", torch::nn::Embedding::from_pretrained(rows_of_bits(options.latent_dim, options.width),
+                                                            torch::nn::EmbeddingFromPretrainedOptions().freeze(false)));
     }
   }
 

@@ -1,5 +1,5 @@
-# gnuplot -c plot_training.gp training_log.csv training.svg
-# What is minimised and what it is made of, in nats; below it the latent KL and its free bits.
+# gnuplot -c plot_training.gp training_log.csv training.svg validation_log.csv
+# What is minimised and what it is made of, in nats, and the bound on held-out text; below it the latent KL and its free bits.
 set datafile separator ','
 set terminal svg size 900,700 background 'white' font 'sans-serif,14' noenhanced
 set output ARG2
@@ -8,6 +8,7 @@ set output ARG2
 bound_colour = '#d55e00'
 loss_colour = '#56b4e9'
 part_colour = '#000000'
+held_out_colour = '#009e73'
 
 set grid linecolor '#dddddd' linetype 1
 set border 3
@@ -25,7 +26,9 @@ set format x ''
 # Where the KL stays within its budget the loss is the reconstruction: a wide line shows on both sides of a thin one.
 plot ARG1 using 'step':'loss/total' with lines linewidth 7 linecolor rgb loss_colour title 'loss', \
      ARG1 using 'step':'bound/elbo' with lines linewidth 2 linecolor rgb bound_colour title 'evidence bound', \
-     ARG1 using 'step':'loss/reconstruction' with lines linewidth 1.5 linecolor rgb part_colour title 'reconstruction'
+     ARG1 using 'step':'loss/reconstruction' with lines linewidth 1.5 linecolor rgb part_colour title 'reconstruction', \
+     ARG3 using 'step':'bound/elbo' with linespoints linewidth 2 pointtype 7 pointsize 0.7 \
+       linecolor rgb held_out_colour title 'bound, held-out text'
 
 set ylabel 'bits a byte' offset 1.5,0
 set xlabel 'step'

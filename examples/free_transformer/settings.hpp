@@ -32,7 +32,7 @@ struct Settings {
 
   bool fused_head = false;
 
-  int64_t steps = 800;
+  int64_t steps = 400;
   int64_t batch_size = 8;
   int64_t micro_batches = 1;
   OptimizerOptions optimizer;

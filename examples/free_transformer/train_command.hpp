@@ -31,8 +31,9 @@ inline void report_evaluation(const free_transformer::LossMetrics& metrics) {
       metrics.at("latent/kl_bits"));
 }
 
-inline void draw(const std::filesystem::path& log, const std::filesystem::path& picture) {
-  if (draw_with_gnuplot("plot_training.gp", {log, picture})) {
+inline void draw(const std::filesystem::path& folder) {
+  const auto log = folder / "training_log.csv", picture = folder / "training.svg";
+  if (draw_with_gnuplot("plot_training.gp", {log, picture, folder / "validation_log.csv"})) {
     std::printf("curves: %s, drawn from %s\n", picture.c_str(), log.c_str());
   } else {
     std::printf("no picture, as gnuplot is missing or failed; the curves are in %s\n", log.c_str());
@@ -110,7 +111,7 @@ inline void train(const Settings& settings, Ranks& ranks) {
 
   auto criterion = make_criterion(settings);
   report_evaluation(validate(model, criterion, held_out_text, settings, settings.evaluation_batches));
-  draw(settings.output_folder / "training_log.csv", settings.output_folder / "training.svg");
+  draw(settings.output_folder);
   const auto prompt = tokens_of_prompt(model, settings.prompt);
   const auto sample =
       continue_text(model, prompt, draw_codes(model, prompt, settings.sample_bytes, /*samples=*/1)).at(0);

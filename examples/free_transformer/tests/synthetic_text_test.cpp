@@ -84,9 +84,15 @@ void check_agreement() {
   const auto position = example::measure_agreement(
       {{characters_with(3, 40), characters_with(3, 41)}, {characters_with(25, 50), characters_with(25, 51)}}, 'K');
   check(carried(position) == "position", "a position alone");
+  check(position.one_latent.distance == 0.0 && position.other_latents.distance == 22.0, "targets are 22 places apart");
+
+  const auto place = example::measure_agreement(
+      {{characters_with(3, 40), characters_with(7, 41)}, {characters_with(25, 50), characters_with(29, 51)}}, 'K');
+  check(place.one_latent.position == 0.0 && place.one_latent.distance == 4.0, "targets are 4 places apart");
+  check(carried(place) == "position", "about the same place");
 
   const auto noise = example::measure_agreement(
-      {{characters_with(3, 40), characters_with(9, 40)}, {characters_with(25, 50), characters_with(30, 50)}}, 'K');
+      {{characters_with(3, 40), characters_with(30, 40)}, {characters_with(3, 50), characters_with(30, 50)}}, 'K');
   check(carried(noise) == "noise", "noise alone");
 
   const auto same = example::measure_agreement(
