@@ -25,7 +25,8 @@ struct CrossEntropyRow {
 
 /// x is one row of logits, each off by `logit_error`; `probabilities` stands for the target where it is not empty.
 inline CrossEntropyRow cross_entropy_of_row(const Reals& logits, int64_t target, const Reals& probabilities,
-                                            const CrossEntropyTerms& terms, at::ScalarType type, Real logit_error = 0) {
+                                            const CrossEntropyTerms& terms, at::ScalarType type,
+                                            Real logit_error = 0) {
   constexpr Real infinity = std::numeric_limits<Real>::infinity(), nan = std::numeric_limits<Real>::quiet_NaN();
   const size_t columns = logits.size();
   const Real step = epsilon(type), smallest_exp = type == at::kDouble ? 1e-300L : 2e-38L;
@@ -96,15 +97,12 @@ inline CrossEntropyRow cross_entropy_of_row(const Reals& logits, int64_t target,
       for (size_t other = 0; other < columns; ++other) others += other == c ? 0 : std::exp(x[other] - log_sum_exp);
     }
     Expected& of_likelihood = row.likelihood_gradient[c];
-    of_likelihood.value =
-        is_target ? (total - coefficient[c]) * p - coefficient[c] * others : total * p - coefficient[c];
+    of_likelihood.value = is_target ? (total - coefficient[c]) * p - coefficient[c] * others : total * p - coefficient[c];
     const Real parts = has_parts ? total * p + coefficient[c] : std::abs(of_likelihood.value);
-    of_likelihood.tolerance =
-        relative * parts + of_logits * (total * p + coefficient[c] * (1 - p)) + 2 * total * flushed;
+    of_likelihood.tolerance = relative * parts + of_logits * (total * p + coefficient[c] * (1 - p)) + 2 * total * flushed;
     Expected& of_z = row.z_gradient[c];
     of_z.value = 2 * z_loss * log_sum_exp * p;
-    of_z.tolerance =
-        (relative + of_logits) * std::abs(of_z.value) + 2 * z_loss * (lse_error * p + std::abs(log_sum_exp) * flushed);
+    of_z.tolerance = (relative + of_logits) * std::abs(of_z.value) + 2 * z_loss * (lse_error * p + std::abs(log_sum_exp) * flushed);
     if (terms.softcap > 0) {
       const Real decays = std::min<Real>(2 * std::abs(logits[c]) / terms.softcap, 746);
       const Real slope_error = (16 + 2 * decays) * step * slope[c] + 4 * smallest_exp;

@@ -49,8 +49,7 @@ inline Geometry some_geometry(Bytes& bytes, const std::vector<int64_t>& sizes) {
   for (size_t dim = sizes.size(); dim-- > 0;) order.push_back(dim);
   if (!is_contiguous) {
     geometry.offset = bytes.below(9);
-    if (bytes.seldom(3))
-      std::rotate(order.begin(), order.begin() + bytes.below(static_cast<int64_t>(order.size())), order.end());
+    if (bytes.seldom(3)) std::rotate(order.begin(), order.begin() + bytes.below(static_cast<int64_t>(order.size())), order.end());
   }
   int64_t stride = is_contiguous || !bytes.seldom(4) ? 1 : 2;
   for (const size_t dim : order) {
