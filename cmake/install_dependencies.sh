@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
 # Brings a Debian machine what this project needs; quick and silent when it is there already.
-#   install_dependencies.sh [examples] [tests] [sanitizers] [docs] [matrix] [wheel FOLDER [torch VERSION]]
-# FOLDER becomes a Python virtual environment with LibTorch from PyPI, the newest where no version is said.
-#   install_dependencies.sh [examples] [tests] [sanitizers] [docs] [wheel FOLDER [python]]
-# FOLDER becomes a Python virtual environment with the newest LibTorch from PyPI; `python` adds the gigabytes without which
-# Python itself cannot import it, and what tests/consumers/python_extension builds with and trains.
+#   install_dependencies.sh [examples] [tests] [sanitizers] [docs] [matrix] [wheel FOLDER [torch VERSION] [python]]
+# FOLDER becomes a Python virtual environment with LibTorch from PyPI, the newest where no version is said; `python` adds the
+# gigabytes without which Python itself cannot import it, and what tests/consumers/python_extension builds with and trains.
 set -euo pipefail
 
 packages=(g++ ninja-build libtorch-dev libopenblas0-openmp)
