@@ -17,9 +17,8 @@ endfunction()
 add_consumer(find_package find_package -Dfree_transformer_ROOT=${install_folder})
 set_tests_properties(consumers/find_package PROPERTIES FIXTURES_REQUIRED installed)
 
-add_consumer(add_subdirectory -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_DIR})
+add_consumer(older_wheel older_wheel -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_DIR})
 
-add_consumer(older_wheel -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_DIR})
 add_consumer(add_subdirectory add_subdirectory -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_DIR})
 
 # What is in the package does not depend on LibTorch. Unpacked, as installing it would need root.
