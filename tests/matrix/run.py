@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Builds and runs the library in cells of compiler, standard, flags and LibTorch, and prints a table of what came out.
 
-    run.py                                    cells in which every pair of values meets, then arm64 and clang-tidy
+    run.py                                    cells in which every pair of values meets, arm64, clang-tidy
     run.py --all                              every cell
     run.py --compiler g++-12 --libtorch 2.2.2 the cells of these values
     run.py --rows arm64 tidy                  rows of these kinds alone
     run.py --list                             what would run
 
-Debian's packages and the wheels are installed where they are missing (cmake/install_dependencies.sh). Exit status 1 if a cell
-fails that LibTorch alone does not.
+Debian's packages and the wheels are installed where they are missing (cmake/install_dependencies.sh). Exit status 1 if a
+cell fails that LibTorch alone does not.
 """
 
 import argparse
@@ -115,10 +115,29 @@ class Workshop:
             return next(place.glob("lib/python3*/site-packages/torch"))
         if not (place / "torch").exists():
             platforms = [f"--platform=manylinux{tag}_aarch64" for tag in ("2014", "_2_17", "_2_28")]
-            subprocess.run([sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps",
-                            "--no-compile", "--root-user-action=ignore", "--only-binary=:all:", *platforms, "--target", place,
-                            f"torch=={cell.libtorch}"], check=True)
+            pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, "install", "--no-deps", "--no-compile", "--root-user-action=ignore", *platforms,
+                            "--only-binary=:all:", "--target", place, f"torch=={cell.libtorch}"], check=True)
+        self.add_zlib(place / "torch/lib")
         return place / "torch"
+
+    def add_zlib(self, libraries):
+        """The one library that neither the wheel nor the cross compiler brings, out of Debian's package for that machine;
+        apt keeps what it knows of it in a folder of its own."""
+        if (libraries / "libz.so.1").exists():
+            return
+        state = self.folder / "apt"
+        for folder in ("lists/partial", "cache/archives/partial", "root"):
+            (state / folder).mkdir(parents=True, exist_ok=True)
+        (state / "status").touch()
+        options = {"APT::Architecture": "arm64", "APT::Architectures::": "arm64", "Dir::State": state,
+                   "Dir::State::lists": state / "lists", "Dir::State::status": state / "status",
+                   "Dir::Cache": state / "cache", "APT::Sandbox::User": "root"}
+        apt = ["apt-get", "--quiet=2", *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
+        subprocess.run([*apt, "update"], check=True)
+        subprocess.run([*apt, "download", "zlib1g"], check=True, cwd=state)
+        subprocess.run(["dpkg", "-x", next(state.glob("zlib1g_*.deb")), state / "root"], check=True)
+        shutil.copy(next(state.glob("root/**/libz.so.1")), libraries / "libz.so.1")
 
 
 def toolchain(cell):

@@ -102,7 +102,7 @@ TEST_CASE("The bounds bracket an evidence that is summed over all Z, closer with
   const Tensor q = model.log_posterior().exp();
   CHECK_THAT(q.sum().item<double>(), Catch::Matchers::WithinRel(1.0, 1e-14));
   // E_q of the likelihood, the KL in closed form.
-  const double elbo =
+  const auto elbo =
       compute_evidence_lower_bound((q.unsqueeze(1) * model.log_likelihood).sum(0), model.z_logits, model.options())
           .nats.item<double>();
   const double of_one = model.expected_bound(1), of_two = model.expected_bound(2), of_three = model.expected_bound(3);
@@ -123,7 +123,7 @@ TEST_CASE("A call of the importance-weighted bound is below the evidence by c na
   for (const int64_t samples : {1, 2}) {
     const Tensor bounds = model.bounds(samples), probabilities = model.probabilities(samples);
     for (const double c : {0.25, 0.5, 1.0, 2.0}) {
-      const double share = probabilities.masked_select(bounds <= model.evidence() - c).sum().item<double>();
+      const auto share = probabilities.masked_select(bounds <= model.evidence() - c).sum().item<double>();
       INFO(samples << " samples, " << c << " nats");
       CHECK(share <= std::exp(-c));
     }
@@ -164,7 +164,7 @@ TEST_CASE("One sample is the single-sample bound, and the same sample K times no
 
 TEST_CASE("The importance-weighted bound does not overflow or underflow", "[evidence]") {
   const Tensor z_logits = torch::zeros({1, 1, 1}, torch::kDouble), bits = torch::zeros({3, 1, 1, 1}, torch::kBool);
-  const auto bound = [&](std::vector<double> log_likelihood) {
+  const auto bound = [&](const std::vector<double>& log_likelihood) {
     return compute_importance_weighted_bound(tensor(log_likelihood, {3, 1, 1}), z_logits, bits).nats.item<double>();
   };
   // Samples of the prior: -log of the mean likelihood.

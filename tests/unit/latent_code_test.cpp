@@ -315,8 +315,8 @@ TEST_CASE("The mapper's backward at 16 bits stays below a sixteenth of tokens x 
   const Tensor codebook = leaf(random({1 << 16, width}, 2, torch::kFloat));
   const Tensor codes = pack_latent_bits(sample_latent_bits(z_logits)),
                upstream = random({tokens, width}, 3, torch::kFloat);
-  const int64_t of_gradients = static_cast<int64_t>(codebook.nbytes() + z_logits.nbytes());
-  const int64_t of_rows = static_cast<int64_t>(upstream.nbytes());
+  const auto of_gradients = static_cast<int64_t>(codebook.nbytes() + z_logits.nbytes());
+  const auto of_rows = static_cast<int64_t>(upstream.nbytes());
   const int64_t peak = peak_of([&] { map_latent_codes(z_logits, codes, codebook).backward(upstream); });
   INFO(peak - of_gradients << " bytes beside the gradients");
   CHECK(peak - of_gradients - of_rows <= tokens * (int64_t{1} << 16) * 4 / 16);

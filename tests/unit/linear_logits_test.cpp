@@ -292,7 +292,7 @@ TEST_CASE("Without a gradient a fused head costs one product a block and makes n
   torch::manual_seed(8);
   Head head = random_head({12}, 5, 9, /*has_bias=*/false);
   const Tensor targets = some_targets({12}, 9);
-  const double expected = compute_reconstruction_loss(head.dense(), targets).item<double>();
+  const auto expected = compute_reconstruction_loss(head.dense(), targets).item<double>();
   Tensor loss;
   const auto run = [&] { loss = compute_reconstruction_loss(head.fused(bytes_of(5, head)), targets); };
   const auto check = [&] {

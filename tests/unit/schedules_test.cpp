@@ -97,7 +97,7 @@ TEST_CASE("A text that is no schedule is refused with what could be written", "[
       "cyclical:from:to:steps or cyclical:from:to:steps:rising, got ";
   for (const std::string text : {"", " 1", "linear", "linear:0:1", "linear:0:1:2:3", "Linear:0:1:2", "constant",
                                  "constant:1:2", "cyclical:0:1:2:1:1", "inf", "nan", "warmup:0:1:2", "0.5:1"}) {
-    CHECK(error(text) == known + '"' + text + '"');
+    CHECK(error(text) == std::string(known).append("\"").append(text).append("\""));
   }
   CHECK(error("1x") == "Schedule::parse: value must be a number, got \"1x\" in \"1x\"");
   CHECK(error("0,5") == "Schedule::parse: value must be a number, got \"0,5\" in \"0,5\"");

@@ -134,8 +134,9 @@ TokenStatistics compute_token_statistics_there(const Logits& logits, const at::T
 
 }  // namespace free_transformer
 
-// The tests name the functions that users call.
+// The tests name the functions that users call. NOLINTBEGIN(readability-identifier-naming)
 #define compute_reconstruction_loss compute_reconstruction_loss_there
 #define compute_kl_divergence compute_kl_divergence_there
 #define compute_vae_loss compute_vae_loss_there
 #define compute_token_statistics compute_token_statistics_there
+// NOLINTEND(readability-identifier-naming)

@@ -197,7 +197,7 @@ TEST_CASE("metrics/accuracy is there only when asked for, and is the share of hi
           const Tensor hit = compute_token_statistics(logits, targets, options).hit.to(torch::kDouble);
           Tensor weight = with_options ? example.token_weight : torch::ones({2, 3}, torch::kDouble);
           if (!targets.is_floating_point()) weight = weight.masked_fill(targets == -100, 0);
-          const double expected = ((hit * weight).sum() / weight.sum()).item<double>();
+          const auto expected = ((hit * weight).sum() / weight.sum()).item<double>();
           if (!targets.is_floating_point()) CHECK(expected > 0);
           CHECK(std::abs(with.at("metrics/accuracy") - expected) <= 4 * epsilon(torch::kDouble));
         }

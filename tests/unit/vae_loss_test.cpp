@@ -259,7 +259,7 @@ TEST_CASE("A mask compares targets of every integer type as the numbers that the
       const auto options = VAELossOptions().latent_dim(4).free_bits(0).ignore_index(ignore_index);
       const auto [loss, metrics] =
           compute_vae_loss(logits, labels, z, VAELossOptions(options).mask_ignored_latents(true));
-      const double expected =
+      const auto expected =
           compute_kl_divergence(z, KLDivergenceOptions(options.kl()).token_weight(counts)).item<double>();
       CHECK_THAT(metrics.at("loss/kl"), Catch::Matchers::WithinRel(expected, 1e-13));
       CHECK(same_bits(compute_reconstruction_loss(logits, labels, ignore_index),

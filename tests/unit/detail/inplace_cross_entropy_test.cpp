@@ -176,7 +176,7 @@ TEST_CASE("In place refuses other arguments in the logits' memory, and takes tho
   const Tensor targets = torch::arange(6);
   const auto error = [&](const Tensor& logits, const VAELossOptions& options, const Tensor& z_logits) {
     const Tensor before = logits.detach().clone();
-    const std::string text = error_of([&] {
+    std::string text = error_of([&] {
       compute_vae_loss(
           logits, targets, z_logits,
           VAELossOptions(options).reconstruction(ReconstructionLossOptions(options.reconstruction()).inplace(true)));
