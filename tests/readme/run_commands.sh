@@ -41,6 +41,8 @@ run_or_check() {
     "cmake --workflow --preset "*) check_workflow "$1" ;;
     "cmake --preset "*" --target compile_time")
       grep -q 'add_custom_target(compile_time ' "$source/tests/benchmark/CMakeLists.txt" || fail "no target for: $1" ;;
+    "cmake --build build/benchmark --target "*)
+      grep -q "add_custom_target(${1##* }\$" "$source/tests/benchmark/CMakeLists.txt" || fail "no target for: $1" ;;
     "apt-get install -y git cmake") ;;  # where cmake is missing, .ci/run does it
     "mkdir -p vendor && "* | "g++ "* | ./my_program | "cmake --install "* | "cmake -S free_transformer "*) run "$1" ;;
     "cmake -B build "*FREE_TRANSFORMER_TORCH_WHEEL=venv*)
