@@ -122,27 +122,16 @@ LossMetrics sum_across_ranks(const LossMetrics& metrics, const GroupPointer& gro
   return result;
 }
 
-/// A shard of dense logits as a source of logits: see `compute_reconstruction_loss`.
-inline ReconstructionResult reconstruct(const VocabParallelLogits<at::Tensor>& shard, const at::Tensor& targets,
-                                        const ReconstructionLossOptions& options) {
+/// A shard of dense logits, or of the fused head, as a source of logits: see `compute_reconstruction_loss`.
+template <typename Logits>
+ReconstructionResult reconstruct(const VocabParallelLogits<Logits>& shard, const at::Tensor& targets,
+                                 const ReconstructionLossOptions& options) {
   constexpr const char* function = "compute_reconstruction_loss";
   const auto normalization = [&] {
     return detail::checked_normalization(function, options.reduction(), options.normalizer());
   };
   auto result = detail::vocabulary_parallel_loss(function, shard.ranks(), shard.logits(), shard.vocab_size(),
                                                  shard.padded_size(), targets, options, normalization);
-  return {std::move(result.loss), std::move(result.sums)};
-}
-
-/// A shard of the fused head as a source of logits: see `compute_reconstruction_loss`.
-inline ReconstructionResult reconstruct(const VocabParallelLogits<LinearLogits>& shard, const at::Tensor& targets,
-                                        const ReconstructionLossOptions& options) {
-  constexpr const char* function = "compute_reconstruction_loss";
-  const auto normalization = [&] {
-    return detail::checked_normalization(function, options.reduction(), options.normalizer());
-  };
-  auto result = detail::vocabulary_parallel_head_loss(function, shard.ranks(), shard.logits(), shard.vocab_size(),
-                                                      shard.padded_size(), targets, options, normalization);
   return {std::move(result.loss), std::move(result.sums)};
 }
 

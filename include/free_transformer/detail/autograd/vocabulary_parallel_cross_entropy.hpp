@@ -205,22 +205,34 @@ std::pair<std::optional<ShardProblem>, std::exception_ptr> prepared(const Prepar
   }
 }
 
-/// Dense columns, [..., columns of this rank]. normalization() checks that of the options.
+/// All but the rows, which follow from the columns. `positioned` has their positions, device and type; normalization()
+/// checks that of the options.
+template <typename Options, typename CheckedNormalization>
+ShardProblem checked_problem(const char* function, const VocabularyShard& shard, int64_t padded_size,
+                             const at::Tensor& positioned, const at::Tensor& targets, const Options& options,
+                             const CheckedNormalization& normalization, bool wants_hidden) {
+  ShardProblem of;
+  of.shard = shard;
+  of.settings = checked_shard_settings(function, targets, options, positioned, shard);
+  of.normalization = normalization();
+  of.type = arithmetic_type(positioned.scalar_type());
+  of.common = common_numbers(of.settings, of.normalization, options.accuracy(), wants_hidden, positioned.scalar_type(),
+                             shard.vocab_size, padded_size);
+  of.positions = shard_positions(of);
+  return of;
+}
+
+/// Dense columns, [..., columns of this rank].
 template <typename Options, typename CheckedNormalization>
 LossAndSums vocabulary_parallel_loss(const char* function, const RankGroup& ranks, const at::Tensor& logits,
                                      int64_t vocab_size, int64_t padded_size, const at::Tensor& targets,
                                      const Options& options, const CheckedNormalization& normalization) {
   const bool count_hits = options.accuracy();
   const auto [problem, refusal] = prepared([&] {
-    ShardProblem of;
-    of.shard = checked_shard(function, ranks.rank(), ranks.size(), vocab_size, padded_size);
-    check_shard_logits(function, logits, of.shard, ranks.rank());
-    of.settings = checked_shard_settings(function, targets, options, logits, of.shard);
-    of.normalization = normalization();
-    of.type = arithmetic_type(logits.scalar_type());
-    of.common = common_numbers(of.settings, of.normalization, count_hits, /*wants_hidden=*/false, logits.scalar_type(),
-                               vocab_size, padded_size);
-    of.positions = shard_positions(of);
+    const auto shard = checked_shard(function, ranks.rank(), ranks.size(), vocab_size, padded_size);
+    check_shard_logits(function, logits, shard, ranks.rank());
+    ShardProblem of = checked_problem(function, shard, padded_size, logits, targets, options, normalization,
+                                      /*wants_hidden=*/false);
     const at::Tensor values = logits.detach();
     of.rows = shard_rows([&](const auto& visit) { for_each_shard_block(values, of.shard, visit); }, of.shard,
                          of.settings, count_hits);
@@ -232,22 +244,17 @@ LossAndSums vocabulary_parallel_loss(const char* function, const RankGroup& rank
 
 /// A shard of the fused head: `head` has hidden, weight and bias.
 template <typename Head, typename Options, typename CheckedNormalization>
-LossAndSums vocabulary_parallel_head_loss(const char* function, const RankGroup& ranks, const Head& head,
-                                          int64_t vocab_size, int64_t padded_size, const at::Tensor& targets,
-                                          const Options& options, const CheckedNormalization& normalization) {
+LossAndSums vocabulary_parallel_loss(const char* function, const RankGroup& ranks, const Head& head, int64_t vocab_size,
+                                     int64_t padded_size, const at::Tensor& targets, const Options& options,
+                                     const CheckedNormalization& normalization) {
   const bool count_hits = options.accuracy();
   const bool wants_hidden = at::GradMode::is_enabled() && head.hidden.defined() && head.hidden.requires_grad();
   const auto [problem, refusal] = prepared([&] {
-    ShardProblem of;
-    of.shard = checked_shard(function, ranks.rank(), ranks.size(), vocab_size, padded_size);
+    const auto shard = checked_shard(function, ranks.rank(), ranks.size(), vocab_size, padded_size);
     const LinearInputs inputs = checked_linear_inputs(function, head);
-    check_columns(function, "weight", inputs.classes(), of.shard, ranks.rank());
-    of.settings = checked_shard_settings(function, targets, options, inputs.hidden, of.shard);
-    of.normalization = normalization();
-    of.type = arithmetic_type(inputs.hidden.scalar_type());
-    of.common = common_numbers(of.settings, of.normalization, count_hits, wants_hidden, inputs.hidden.scalar_type(),
-                               vocab_size, padded_size);
-    of.positions = shard_positions(of);
+    check_columns(function, "weight", inputs.classes(), shard, ranks.rank());
+    ShardProblem of =
+        checked_problem(function, shard, padded_size, inputs.hidden, targets, options, normalization, wants_hidden);
     const LinearInputs classes = without_padding(inputs, of.shard);
     const at::Tensor hidden = rows_of_hidden(inputs, of.positions.left_out);
     const auto walk = [&](const auto& visit) {
