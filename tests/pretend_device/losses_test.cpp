@@ -618,7 +618,7 @@ TEST_CASE("The fused head takes so many operations a block, and beside", "[devic
     size_t of_block, beside;
   };
   const std::map<torch::ScalarType, Bounds> bounds{
-      {torch::kDouble, {10, 28}}, {torch::kFloat, {10, 28}}, {torch::kHalf, {12, 30}}, {torch::kBFloat16, {12, 30}}};
+      {torch::kDouble, {10, 27}}, {torch::kFloat, {10, 27}}, {torch::kHalf, {12, 29}}, {torch::kBFloat16, {12, 29}}};
   for (const auto& [type, bound] : bounds) {
     INFO(type);
     const std::vector<Tensor> inputs{leaf(on_device(hidden().to(type))), leaf(on_device(head_weight().to(type))),
@@ -637,6 +637,6 @@ TEST_CASE("The fused head takes so many operations a block, and beside", "[devic
     print(std::string("fused head of two blocks, ") + c10::toString(type), of_two);
     std::cout << "  " << of_block << " a block, " << of_two.size() - 2 * of_block << " beside" << std::endl;
     CHECK(of_block <= bound.of_block);
-    CHECK(of_two.size() - 2 * of_block <= bound.beside);
+    CHECK(of_two.size() - 2 * of_block <= bound.beside + start_of_backward);
   }
 }
