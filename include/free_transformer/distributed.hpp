@@ -14,6 +14,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <exception>
 #include <tuple>
 #include <utility>
 
@@ -61,8 +62,8 @@ inline namespace FREE_TRANSFORMER_FUNCTIONS {
 ///              a position. A second backward works; double backward is an error
 /// Throws       c10::Error on every rank if one of them refuses its arguments, such as a target out of range, or if they
 ///              differ in vocab_size, positions, type, options or (on the CPU) targets; and with c10d's text, if a rank
-///              is missing: its time-out or the lost connection. What `compute_vae_loss` refuses of z_logits is that
-///              rank's alone. On other devices than the CPU the first message is one stall
+///              is missing: its time-out or the lost connection. What `compute_vae_loss` refuses of z_logits and of its
+///              options is such an argument, too. On other devices than the CPU the first message is one stall
 template <typename Logits = at::Tensor>
 class VocabParallelLogits {
  public:
@@ -133,6 +134,12 @@ ReconstructionResult reconstruct(const VocabParallelLogits<Logits>& shard, const
   auto result = detail::vocabulary_parallel_loss(function, shard.ranks(), shard.logits(), shard.vocab_size(),
                                                  shard.padded_size(), targets, options, normalization);
   return {std::move(result.loss), std::move(result.sums)};
+}
+
+/// Tells the other ranks, which wait for the first message.
+template <typename Logits>
+void abandon_reconstruction(const VocabParallelLogits<Logits>& shard, const std::exception_ptr& refusal) {
+  detail::refuse_for_all_ranks("compute_vae_loss", shard.ranks(), shard.logits(), refusal);
 }
 
 }  // namespace FREE_TRANSFORMER_FUNCTIONS

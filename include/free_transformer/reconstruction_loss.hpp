@@ -5,6 +5,7 @@
 #include <torch/arg.h>
 
 #include <cstdint>
+#include <exception>
 #include <utility>
 
 #include "free_transformer/detail/autograd/cross_entropy.hpp"
@@ -97,6 +98,11 @@ at::Tensor compute_reconstruction_loss(const Logits& logits, const at::Tensor& t
 /// make dense logits of itself and hand them on.
 ReconstructionResult reconstruct(const at::Tensor& logits, const at::Tensor& targets,
                                  const ReconstructionLossOptions& options);
+
+/// Called in place of `reconstruct` where `compute_vae_loss` refuses an argument of its other term, before it throws.
+/// Where others wait for this call of `reconstruct`, an overload beside it tells them; other sources of logits need none.
+template <typename Logits>
+void abandon_reconstruction(const Logits&, const std::exception_ptr& /*refusal*/) {}
 
 inline ReconstructionResult reconstruct(const at::Tensor& logits, const at::Tensor& targets,
                                         const ReconstructionLossOptions& options) {

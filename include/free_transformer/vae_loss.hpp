@@ -5,7 +5,9 @@
 #include <torch/arg.h>
 
 #include <cstdint>
+#include <exception>
 #include <type_traits>
+#include <utility>
 
 #include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/vae_loss.hpp"
@@ -75,10 +77,17 @@ VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, 
 template <typename FreeBits, typename Logits>
 VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, const at::Tensor& z_logits,
                                const VAELossOptions& options) {
-  detail::check_balance("compute_vae_loss", options);
-  const auto latent = detail::checked_latent_term(logits, targets, z_logits, options);
-  const auto normalization =
-      detail::checked_normalization("compute_kl_divergence", options.kl().reduction(), options.kl().normalizer());
+  const auto [latent, normalization] = [&] {
+    try {
+      detail::check_balance("compute_vae_loss", options);
+      return std::make_pair(
+          detail::checked_latent_term(logits, targets, z_logits, options),
+          detail::checked_normalization("compute_kl_divergence", options.kl().reduction(), options.kl().normalizer()));
+    } catch (...) {
+      abandon_reconstruction(logits, std::current_exception());
+      throw;
+    }
+  }();
   const ReconstructionResult reconstruction = reconstruct(logits, targets, options.reconstruction());
   const auto result =
       detail::latent_kl<FreeBits>(z_logits, detail::masked_like_targets(latent, targets, options), normalization,

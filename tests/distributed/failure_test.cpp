@@ -87,6 +87,36 @@ TEST_CASE("What one rank refuses is an error on every rank", "[vocabulary][failu
   check_refusal(changed([](Case& with) { with.type = torch::kInt; }), "logits must be of type");
 }
 
+TEST_CASE("What one rank refuses of the whole loss is an error on every rank", "[vocabulary][failure]") {
+  const int64_t last = ranks::size() - 1;
+  const auto error_where_last_has = [&](const VAELossOptions& options, const Tensor& z_logits, bool is_head) {
+    const bool is_last = ranks::rank() == last;
+    const auto loss_of = [&](const auto& own_columns) {
+      const VocabParallelLogits<std::decay_t<decltype(own_columns)>> logits(own_columns, group(), 4 * ranks::size());
+      return error_of([&] {
+        compute_vae_loss(logits, torch::arange(6) % 4, is_last ? z_logits : eighths({6, 5}),
+                         is_last ? options : VAELossOptions().latent_dim(5));
+      });
+    };
+    return is_head ? loss_of(LinearLogits(eighths({6, 3}), eighths({4, 3}))) : loss_of(eighths({6, 4}));
+  };
+  const auto fitting = VAELossOptions().latent_dim(5);
+  for (const bool is_head : {false, true}) {
+    const auto check = [&](const VAELossOptions& options, const Tensor& z_logits, const std::string& own) {
+      const auto text = error_where_last_has(options, z_logits, is_head);
+      CHECK(contains(text, ranks::rank() == last ? own : "got a refusal from rank " + std::to_string(last)));
+      CHECK(error_where_last_has(fitting, eighths({6, 5}), is_head) == "");  // all are in step
+    };
+    check(fitting, Tensor(), "z_logits must be a defined tensor");
+    check(fitting, eighths({6, 4}), "z_logits must have latent_dim = 5");
+    check(fitting, torch::ones({6, 5}, torch::kInt), "z_logits must be of type");
+    check(VAELossOptions(fitting).mask_ignored_latents(true), eighths({7, 5}), "z_logits must have the positions");
+    check(VAELossOptions(fitting).beta_kl(-1), eighths({6, 5}), "beta_kl must be finite and >= 0");
+    check(VAELossOptions(fitting).kl(KLDivergenceOptions(fitting.kl()).normalizer(0.0)), eighths({6, 5}),
+          "normalizer must be finite and > 0");
+  }
+}
+
 TEST_CASE("Ranks that disagree are an error on every rank", "[vocabulary][failure]") {
   check_disagreement(changed([](Case& with) { with.positions = 7, with.targets = torch::arange(7); }),
                      "the number of positions");

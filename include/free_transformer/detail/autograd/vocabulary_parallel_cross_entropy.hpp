@@ -60,18 +60,27 @@ inline CrossEntropyPositions shard_positions(const ShardProblem& problem) {
   return positions;
 }
 
+/// The device on which the ranks speak of these columns.
+inline at::Device device_of_shard(const at::Tensor& logits) {
+  return logits.defined() ? logits.device() : at::Device(at::kCPU);
+}
+
+template <typename Head>
+at::Device device_of_shard(const Head& head) {
+  return device_of_shard(head.hidden);
+}
+
 /// From the messages of all ranks, each of which has refused or brings its problem. `positioned` has the positions in
 /// front of its last size.
 inline ShardLoss loss_of_ranks(const char* function, const RankGroup& ranks, const at::Tensor& positioned,
                                const std::optional<ShardProblem>& problem, bool count_hits,
                                const std::exception_ptr& refusal) {
   const at::NoGradGuard no_grad;
-  const at::Device device = positioned.defined() ? positioned.device() : at::Device(at::kCPU);
   ShardRange own{0, 0};
   if (problem) {
     own = range_of(problem->rows, ShardTargets(problem->settings.targets, problem->shard), problem->positions.left_out);
   }
-  const auto range = agree(function, ranks, device, problem ? problem->common : ShardNumbers(),
+  const auto range = agree(function, ranks, device_of_shard(positioned), problem ? problem->common : ShardNumbers(),
                            std::array<double, 2>{own.highest, own.floor}, refusal);
   const auto& [shard, settings, normalization, known, rows_here, type, common] = *problem;
   const double highest = range[0], floor = range[1];
@@ -90,6 +99,13 @@ inline ShardLoss loss_of_ranks(const char* function, const RankGroup& ranks, con
                          ? losses_of_rows(rows, settings, positions).reshape(shape_of_positions(positioned)).to(type)
                          : reduced_loss(loss.result.sums, positions.scales, settings.z_loss > 0, type);
   return loss;
+}
+
+/// The first message of a loss that this rank refuses to begin. Throws the refusal.
+template <typename Logits>
+void refuse_for_all_ranks(const char* function, const RankGroup& ranks, const Logits& logits,
+                          const std::exception_ptr& refusal) {
+  agree(function, ranks, device_of_shard(logits), ShardNumbers(), std::array<double, 2>(), refusal);
 }
 
 /// The loss that is known already, on its way into the graph.
