@@ -19,14 +19,16 @@
 #include <utility>
 
 #include "free_transformer/detail/autograd/vocabulary_parallel_cross_entropy.hpp"
-#include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/rank_counts.hpp"
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/distributed/metrics_message.hpp"
 #include "free_transformer/detail/distributed/rank_group.hpp"
+#include "free_transformer/detail/positions.hpp"
+#include "free_transformer/detail/vocabulary_parallel.hpp"
 #include "free_transformer/linear_logits.hpp"
 #include "free_transformer/loss_metrics.hpp"
 #include "free_transformer/reconstruction_loss.hpp"
+#include "free_transformer/token_statistics.hpp"
 
 namespace free_transformer {
 
@@ -127,19 +129,26 @@ LossMetrics sum_across_ranks(const LossMetrics& metrics, const GroupPointer& gro
 template <typename Logits>
 ReconstructionResult reconstruct(const VocabParallelLogits<Logits>& shard, const at::Tensor& targets,
                                  const ReconstructionLossOptions& options) {
-  constexpr const char* function = "compute_reconstruction_loss";
-  const auto normalization = [&] {
-    return detail::checked_normalization(function, options.reduction(), options.normalizer());
-  };
-  auto result = detail::vocabulary_parallel_loss(function, shard.ranks(), shard.logits(), shard.vocab_size(),
-                                                 shard.padded_size(), targets, options, normalization);
+  auto result = detail::vocabulary_parallel_loss("compute_reconstruction_loss", shard, targets, options);
   return {std::move(result.loss), std::move(result.sums)};
+}
+
+/// The same shard as a source of logits for `compute_token_statistics`: every rank gets the statistics of all columns.
+/// Messages  the first, and an all-gather of five numbers a position (one more with `weight`, one more with label
+///           smoothing)
+template <typename Logits>
+TokenStatistics token_statistics(const VocabParallelLogits<Logits>& shard, const at::Tensor& targets,
+                                 const ReconstructionLossOptions& options) {
+  const auto without_reduction = ReconstructionLossOptions(options).reduction(torch::enumtype::kMean{}).normalizer({});
+  return detail::shaped_statistics(
+      detail::vocabulary_parallel_values("compute_token_statistics", shard, targets, without_reduction),
+      detail::shape_of_positions(detail::positioned(shard.logits())));
 }
 
 /// Tells the other ranks, which wait for the first message.
 template <typename Logits>
 void abandon_reconstruction(const VocabParallelLogits<Logits>& shard, const std::exception_ptr& refusal) {
-  detail::refuse_for_all_ranks("compute_vae_loss", shard.ranks(), shard.logits(), refusal);
+  detail::refuse_for_all_ranks("compute_vae_loss", shard, refusal);
 }
 
 }  // namespace FREE_TRANSFORMER_FUNCTIONS

@@ -134,7 +134,7 @@ TEST_CASE("Ranks that disagree are an error on every rank", "[vocabulary][failur
   check_disagreement(changed([](Case& with) { with.options.normalizer(3); }), "normalizer (0 for none)");
   check_disagreement(changed([](Case& with) { with.options.normalizer(torch::ones({})); }),
                      "normalizer (a tensor, 0 for none)");
-  check_disagreement(changed([](Case& with) { with.options.accuracy(true); }), "accuracy");
+  check_disagreement(changed([](Case& with) { with.options.accuracy(true); }), "accuracy (1, or 2 for statistics)");
   check_disagreement(changed([](Case& with) { with.options.token_weight(torch::ones({6})); }),
                      "token_weight (1 if there is one)");
   check_disagreement(changed([](Case& with) {
@@ -177,4 +177,19 @@ TEST_CASE("one rank goes between the messages: the others get an error", "[kille
   });
   WARN(text);
   CHECK(contains(text, "all ranks of the group must take part within its time-out, but rank "));
+}
+
+TEST_CASE("one rank hangs: the others get an error once the time-out of the group is over", "[killed]") {
+  REQUIRE(ranks::size() == 3);
+  REQUIRE(error_of_case(Case()) == "");
+  if (ranks::rank() == 2) std::raise(SIGSTOP);
+  const auto start = std::chrono::steady_clock::now();
+  const auto text = error_of_case(Case());
+  const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
+  WARN(text);
+  CHECK(contains(text, "all ranks of the group must take part within its time-out, but rank " +
+                           std::to_string(ranks::rank()) + " of 3 got from c10d: "));
+  const double timeout = ranks::number("SECONDS_OF_GROUP", 20);
+  CHECK(waited.count() > 0.5 * timeout);  // the connections are whole: what ends the wait is the time
+  CHECK(waited.count() < 2 * timeout + 5);
 }

@@ -1,6 +1,7 @@
 // Starts a program once for each rank, and waits for all of them: launch_ranks RANKS SECONDS [--killed RANK] PROGRAM
 // ARGUMENTS... Each finds RANK, WORLD_SIZE and MEETING_FILE in its environment. Fails if one of them does, or is not
-// done after so many seconds, when all are killed; a rank that is named as killed must have been killed, by itself.
+// done after so many seconds, when all are killed; a rank that is named as killed must have been killed: by itself, or
+// here where it has stopped itself and all others are done.
 #include <fcntl.h>
 #include <spawn.h>
 #include <sys/wait.h>
@@ -45,19 +46,24 @@ Process start(char** command, const std::string& folder, int rank, int ranks) {
   return process;
 }
 
-/// False if some have not ended in time; they are killed.
+/// False if some have not ended in time; they are killed, as is one that has stopped once no other runs.
 bool wait_for(std::vector<Process>& processes, std::chrono::seconds limit) {
   const auto end = std::chrono::steady_clock::now() + limit;
-  for (Process& process : processes) {
-    while (!process.has_ended && std::chrono::steady_clock::now() < end) {
-      process.has_ended = waitpid(process.id, &process.status, WNOHANG) == process.id;
-      if (!process.has_ended) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  const auto some_run = [&] {
+    bool result = false;
+    for (Process& process : processes) {
+      process.has_ended = process.has_ended || waitpid(process.id, &process.status, WNOHANG | WUNTRACED) == process.id;
+      result = result || !process.has_ended;
     }
+    return result;
+  };
+  while (some_run() && std::chrono::steady_clock::now() < end) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
   bool all_have_ended = true;
   for (Process& process : processes) {
-    if (process.has_ended) continue;
-    all_have_ended = false;
+    if (process.has_ended && !WIFSTOPPED(process.status)) continue;
+    all_have_ended = all_have_ended && process.has_ended;
     kill(process.id, SIGKILL);
     waitpid(process.id, &process.status, 0);
   }

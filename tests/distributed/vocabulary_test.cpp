@@ -1,99 +1,22 @@
 // A vocabulary that is split among ranks: the loss, the gradient and the figures of all columns together.
-#include <random>
-
 #include "../unit/numeric.hpp"
 #include "free_transformer/distributed.hpp"
 #include "free_transformer/losses.hpp"
 #include "group.hpp"
+#include "problem.hpp"
 
 namespace {
 
 using namespace free_transformer;
 using namespace numeric;
+using ranks::Columns;
 using ranks::group;
+using ranks::largest_of;
+using ranks::padded;
+using ranks::Problem;
+using ranks::relative;
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
-
-/// Float64 against all columns at once. The rows' sums are scaled by exp(m - c) with |m - c| <= 1250, whose argument is
-/// rounded by 2^-43 = 1.1e-13 at most, and so are the logarithms that come of them. A coefficient of the gradient (at
-/// most 43, see linear_logits_test.cpp) moves by a few times that, as does a loss to which up to 50 rows of weight 2
-/// add.
-constexpr double relative = 2e-12;
-
-/// The columns of this rank, by the contract's own formula.
-struct Columns {
-  int64_t begin, end;
-  explicit Columns(int64_t padded_size)
-      : begin(padded_size * ranks::rank() / ranks::size()), end(padded_size * (ranks::rank() + 1) / ranks::size()) {}
-
-  /// Of all columns [..., P]; dim is the one that is split.
-  Tensor of(const Tensor& all, int64_t dim = -1) const {
-    return all.defined() ? all.narrow(dim, begin, end - begin) : all;
-  }
-};
-
-/// With columns that no class has behind those that one has.
-Tensor padded(const Tensor& all, int64_t padded_size, double value, int64_t dim = -1) {
-  if (!all.defined()) return all;
-  auto shape = all.sizes().vec();
-  shape[static_cast<size_t>(dim < 0 ? dim + all.dim() : dim)] = padded_size - all.size(dim);
-  return torch::cat({all, torch::full(shape, value, all.options())}, dim);
-}
-
-/// A random problem, the same on all ranks: its shape, options and upstream gradient follow from the seed.
-struct Problem {
-  std::vector<int64_t> positions;
-  int64_t classes = 0, padded_size = 0;
-  Tensor logits, targets, upstream;
-  ReconstructionLossOptions options;
-
-  explicit Problem(uint64_t seed) : engine(seed) {
-    torch::manual_seed(seed);
-    positions.resize(static_cast<size_t>(below(4)));
-    for (auto& size : positions) size = 1 + below(positions.size() == 1 ? 50 : positions.size() == 2 ? 7 : 3);
-    if (!positions.empty() && below(12) == 0) positions[0] = 0;
-    classes = 1 + below(maybe() ? 8 : 70);
-    padded_size = classes + (maybe() ? below(9) : 0);
-    auto shape = positions;
-    shape.push_back(classes);
-    logits = torch::randn(shape, torch::kDouble) * (maybe() ? 1 : 8);
-    if (maybe()) logits = logits + torch::randn(positions, torch::kDouble).unsqueeze(-1) * 40;  // an offset of each row
-    targets = torch::randint(classes, positions, torch::kLong);
-    if (maybe()) {
-      options.ignore_index(maybe() ? -100 : below(classes));
-      targets.masked_fill_(torch::rand(positions) < 0.3, options.ignore_index());
-    }
-    if (maybe()) options.token_weight(torch::randint(3, positions, torch::kDouble));
-    if (maybe()) options.weight(torch::randint(3, {classes}, torch::kDouble));
-    if (maybe()) options.label_smoothing(0.125);
-    if (maybe()) options.z_loss(0.1);
-    if (maybe()) options.softcap(1.5);
-    if (maybe()) options.normalizer(maybe() ? Normalizer(7.0) : Normalizer(torch::tensor(7.0)));
-    if (maybe()) options.accuracy(true);
-    const int64_t kind = below(3);
-    options.reduction(kind == 0   ? Reduction(torch::kMean)
-                      : kind == 1 ? Reduction(torch::kSum)
-                                  : Reduction(torch::kNone));
-    if (kind == 2 || maybe()) {
-      upstream = torch::rand(kind == 2 ? positions : std::vector<int64_t>{}, torch::kDouble) * 4 - 2;
-    }
-  }
-
-  ReconstructionLossOptions shard_options() const {
-    auto of_shard = options;
-    return of_shard.weight(Columns(padded_size).of(padded(options.weight(), padded_size, 1)));
-  }
-
-  /// What is under the padding must not matter.
-  Tensor shard() const { return Columns(padded_size).of(padded(logits, padded_size, not_a_number)); }
-
-  int64_t below(int64_t bound) { return static_cast<int64_t>(engine() % static_cast<uint64_t>(bound)); }
-  bool maybe() { return below(2) == 0; }
-
-  std::mt19937_64 engine;
-};
-
-double largest_of(const Tensor& values) { return values.numel() == 0 ? 0 : values.abs().max().item<double>(); }
 
 /// Empty if a shard's loss and gradient are those of all columns.
 std::string difference_from_dense(const Tensor& logits, const Tensor& shard, const Tensor& targets, int64_t classes,
@@ -147,16 +70,48 @@ TEST_CASE("Fewer classes than ranks leave some ranks without a column", "[vocabu
                               ReconstructionLossOptions().accuracy(true)) == "");
 }
 
-TEST_CASE("A split changes a float32 loss by its last digits alone", "[vocabulary]") {
+TEST_CASE("The number of ranks changes a float32 loss by its last digits alone", "[vocabulary]") {
   torch::manual_seed(2);
-  const Tensor targets = torch::randint(1031, {257}, torch::kLong);
+  constexpr int64_t positions = 257, classes = 1031;  // no number of ranks divides it
+  const Tensor targets =
+      torch::randint(classes, {positions}, torch::kLong).masked_fill(torch::rand({positions}) < 0.2, -100);
+  const Tensor token_weight = torch::rand({positions}), class_weight = torch::rand({classes});
+  const auto smoothed = ReconstructionLossOptions().label_smoothing(0.1).z_loss(1e-3);
+  const std::vector<ReconstructionLossOptions> choices{
+      ReconstructionLossOptions(),
+      smoothed,
+      ReconstructionLossOptions(smoothed).weight(class_weight).token_weight(token_weight),
+      ReconstructionLossOptions().weight(class_weight),
+      ReconstructionLossOptions().softcap(8),
+      ReconstructionLossOptions().normalizer(1000).accuracy(true),
+      ReconstructionLossOptions().reduction(torch::kSum).token_weight(token_weight),
+      ReconstructionLossOptions(smoothed).reduction(torch::kNone).weight(class_weight),
+      ReconstructionLossOptions().reduction(torch::kNone)};
   for (const double scale : {0.1, 3.0, 30.0}) {
-    const Tensor logits = torch::randn({257, 1031}) * scale;
-    const auto options = ReconstructionLossOptions().label_smoothing(0.1).z_loss(1e-3);
-    for (const auto& chosen : {ReconstructionLossOptions(), options}) {
-      const double exact = compute_reconstruction_loss(logits.to(torch::kDouble), targets, chosen).item<double>();
-      const double found = compute_reconstruction_loss(shard_of(logits), targets, chosen).item<double>();
-      CHECK(std::abs(found - exact) <= 1e-6 * exact);  // so no two numbers of ranks are more than 2e-6 apart
+    for (const int64_t columns : {classes, classes + 9}) {
+      const Tensor logits = torch::randn({positions, classes}) * scale;
+      const Tensor all = padded(logits, columns, not_a_number);
+      for (size_t choice = 0; choice < choices.size(); ++choice) {
+        INFO("scale " << scale << ", columns " << columns << ", options " << choice);
+        auto options = choices[choice];
+        const Tensor dense = compute_reconstruction_loss(logits, targets, options);
+        const Tensor weight = padded(options.weight(), columns, 1);
+        ranks::Alone alone;
+        const Tensor of_one = compute_reconstruction_loss(
+            VocabParallelLogits(all, &alone, classes).padded_size(columns), targets, options.weight(weight));
+        const Columns own(columns);
+        const Tensor found =
+            compute_reconstruction_loss(VocabParallelLogits(own.of(all), group(), classes).padded_size(columns),
+                                        targets, options.weight(own.of(weight)));
+        REQUIRE(found.scalar_type() == torch::kFloat);
+        const auto furthest = [&](const Tensor& other) {
+          const Tensor exact = other.to(torch::kDouble), off = (found - exact).abs() / exact.abs();
+          return off.masked_fill(exact == 0, 0).max().item<double>() +
+                 (found - exact).masked_select(exact == 0).abs().sum().item<double>();
+        };
+        CHECK(furthest(of_one) <= 2e-6);
+        CHECK(furthest(dense) <= 2e-6);
+      }
     }
   }
 }

@@ -70,8 +70,8 @@ using ShardNumbers = CommonNumbers<17>;
 
 /// What a loss with these settings has in common on all ranks. What is not on the CPU is not looked at.
 inline ShardNumbers common_numbers(const CrossEntropySettings& settings, const Normalization& normalization,
-                                   bool count_hits, bool wants_hidden, at::ScalarType type, int64_t vocab_size,
-                                   int64_t padded_size) {
+                                   const WantedOfRows& wanted, bool wants_hidden, at::ScalarType type,
+                                   int64_t vocab_size, int64_t padded_size) {
   const at::Tensor& divisor = normalization.tensor;
   const bool is_known = divisor.defined() && divisor.device().is_cpu();
   return {{{"vocab_size", static_cast<double>(vocab_size)},
@@ -85,7 +85,9 @@ inline ShardNumbers common_numbers(const CrossEntropySettings& settings, const N
            {"reduction (kMean 0, kSum 1, kNone 2)", static_cast<double>(normalization.reduction)},
            {"normalizer (0 for none)", normalization.number ? *normalization.number : 0},
            {"normalizer (a tensor, 0 for none)", is_known ? host_value(divisor.to(at::kDouble)) : 0},
-           {"accuracy", count_hits ? 1.0 : 0.0},
+           {"accuracy (1, or 2 for statistics)", wanted.entropy      ? 2.0
+                                                 : wanted.prediction ? 1.0
+                                                                     : 0.0},
            {"weight (1 if there is one)", settings.class_weight.defined() ? 1.0 : 0.0},
            {"token_weight (1 if there is one)", settings.token_weight.defined() ? 1.0 : 0.0},
            {"token_weight (a checksum)", checksum(settings.token_weight)},

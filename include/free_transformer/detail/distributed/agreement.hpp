@@ -47,10 +47,11 @@ inline double checksum(const at::Tensor& values) {
 
 /// The maximum over ranks of what each has found out, once it is known that all of them go on with the same numbers.
 /// One all-reduce of 1 + 2 common + found numbers, whatever the shapes are: messages that depend on a shape come after
-/// it. A rank that refuses its arguments takes part with its refusal, which then is the error of each rank.
-template <size_t count, size_t found_count>
+/// it. A rank that refuses its arguments takes part with its refusal, which then is the error of each rank. `found` is
+/// on the device where the ranks speak, undefined on a rank that refuses; the host waits once, for the answer.
+template <size_t found_count, size_t count>
 std::array<double, found_count> agree(const char* function, const RankGroup& ranks, const at::Device& device,
-                                      const CommonNumbers<count>& common, const std::array<double, found_count>& found,
+                                      const CommonNumbers<count>& common, const at::Tensor& found,
                                       const std::exception_ptr& refusal) {
   const auto none = -std::numeric_limits<double>::max();
   const at::Tensor numbers = at::full({int64_t{1 + 2 * count + found_count}}, none, at::kDouble);
@@ -62,9 +63,9 @@ std::array<double, found_count> agree(const char* function, const RankGroup& ran
       number[1 + index] = common[index].value;
       number[1 + count + index] = -common[index].value;
     }
-    std::copy(found.begin(), found.end(), number + 1 + 2 * count);
   }
-  const at::Tensor message = numbers.to(device);
+  const at::Tensor message = numbers.to(device, /*non_blocking=*/true);
+  if (!refusal) message.narrow(0, int64_t{1 + 2 * count}, int64_t{found_count}).copy_(found);
   ranks.maximum(function, message);
   if (refusal) std::rethrow_exception(refusal);
   const at::Tensor answers = message.to(at::kCPU);

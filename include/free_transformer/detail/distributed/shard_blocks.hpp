@@ -55,16 +55,15 @@ void for_each_shard_block(const LinearInputs& classes, const at::Tensor& hidden,
 /// The rows of this rank's columns. walk(visit) is one of the above.
 template <typename Walk>
 ShardRows shard_rows(const Walk& walk, const VocabularyShard& shard, const CrossEntropySettings& settings,
-                     bool wants_runner_up) {
+                     const WantedOfRows& wanted) {
   const at::Tensor& targets = settings.targets;
   const auto options = targets.options().dtype(at::kDouble);
   std::vector<ShardRows> blocks;
   walk([&](const at::Tensor& block, int64_t first) {
     const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
-    blocks.push_back(shard_rows_of_block(block, ShardTargets(part(targets), shard), settings, shard, wants_runner_up));
+    blocks.push_back(shard_rows_of_block(block, ShardTargets(part(targets), shard), settings, shard, wanted));
   });
-  ShardRows rows =
-      blocks.empty() ? empty_shard_rows(targets.size(0), settings, wants_runner_up, options) : joined(blocks);
+  ShardRows rows = blocks.empty() ? empty_shard_rows(targets.size(0), settings, wanted, options) : joined(blocks);
   if (settings.label_smoothing > 0) {
     rows.weight = settings.class_weight.defined() ? ordered_sum(settings.class_weight, at::kDouble)
                                                   : at::full({}, static_cast<double>(shard.classes), options);

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "free_transformer/detail/compilation.hpp"
@@ -31,8 +32,17 @@ inline VocabularyRows summed_rows(const char* function, const RankGroup& ranks, 
   return all;
 }
 
-/// One all-gather of three to six numbers a row, of which each rank gets those of all: where no reference fits all
-/// rows, or where each rank's most likely class is wanted.
+/// The class of the highest logit (of a NaN where there is one, as `at::max` has it), the lowest on a tie: [N] of the
+/// rows of all ranks, whose maxima leave the target's logit out.
+inline at::Tensor most_likely_class(const ShardRows& rows, const at::Tensor& target, const at::Tensor& targets) {
+  const at::Tensor logits = at::cat({rows.maximum, target.unsqueeze(0)});
+  const at::Tensor classes = at::cat({rows.runner_up, targets.to(at::kDouble).unsqueeze(0)});
+  const at::Tensor is_highest = (logits == logits.amax(0)) | (logits != logits);
+  return classes.masked_fill(is_highest == 0, std::numeric_limits<double>::max()).amin(0).to(at::kLong);
+}
+
+/// One all-gather of three to seven numbers a row, of which each rank gets those of all: where no reference fits all
+/// rows, or where the most likely class is wanted.
 inline VocabularyRows gathered_rows(const char* function, const RankGroup& ranks, ShardRows rows,
                                     const at::Tensor& targets) {
   const int64_t count = targets.size(0);
@@ -52,10 +62,7 @@ inline VocabularyRows gathered_rows(const char* function, const RankGroup& ranks
   VocabularyRows all = scaled(rows, finite_or_zero(highest));
   for (at::Tensor* field : all.summands()) *field = field->sum(0);
   if (all.weight.defined()) all.weight = all.weight.sum();
-  if (rows.runner_up.defined()) {
-    const at::Tensor is_below = (rows.maximum < target) | ((rows.maximum == target) & (targets < rows.runner_up));
-    all.hit = is_below.all(0);
-  }
+  if (rows.runner_up.defined()) all.prediction = most_likely_class(rows, target, targets);
   return all;
 }
 

@@ -58,12 +58,13 @@ struct ShardRows {
   at::Tensor target_weight;  ///< w_y, 0 on all ranks but one; undefined without class weights
   at::Tensor surprise;       ///< sum of w (maximum - x) over all columns; undefined without label smoothing
   at::Tensor runner_up;      ///< the class that has the maximum, the lowest on a tie; undefined if not asked for
+  at::Tensor moment;         ///< sum of exp(x - maximum) (maximum - x), as `sum`; undefined if no entropy is asked for
   at::Tensor weight;         ///< sum of w over the columns: 0-dim, or [R, 1]; undefined without label smoothing
 
   /// All but `weight`, in one order.
   std::vector<at::Tensor*> fields() {
     std::vector<at::Tensor*> defined;
-    for (at::Tensor* field : {&maximum, &sum, &target, &target_weight, &surprise, &runner_up}) {
+    for (at::Tensor* field : {&maximum, &sum, &target, &target_weight, &surprise, &runner_up, &moment}) {
       if (field->defined()) defined.push_back(field);
     }
     return defined;
@@ -76,7 +77,7 @@ inline at::Tensor finite_or_zero(const at::Tensor& maximum) {
 }
 
 /// Rows without any column.
-inline ShardRows empty_shard_rows(int64_t rows, const CrossEntropySettings& settings, bool wants_runner_up,
+inline ShardRows empty_shard_rows(int64_t rows, const CrossEntropySettings& settings, const WantedOfRows& wanted,
                                   const at::TensorOptions& options) {
   ShardRows result;
   const at::Tensor zeros = at::zeros({rows}, options);
@@ -84,14 +85,15 @@ inline ShardRows empty_shard_rows(int64_t rows, const CrossEntropySettings& sett
   result.sum = result.target = zeros;
   if (settings.class_weight.defined()) result.target_weight = zeros;
   if (settings.label_smoothing > 0) result.surprise = zeros;
-  if (wants_runner_up) result.runner_up = at::full({rows}, std::numeric_limits<double>::max(), options);
+  if (wanted.prediction) result.runner_up = at::full({rows}, std::numeric_limits<double>::max(), options);
+  if (wanted.entropy) result.moment = zeros;
   return result;
 }
 
 /// Of a block of this rank's columns, which are classes all.
 inline ShardRows shard_rows_of_block(const at::Tensor& block, const ShardTargets& targets,
                                      const CrossEntropySettings& settings, const VocabularyShard& shard,
-                                     bool wants_runner_up) {
+                                     const WantedOfRows& wanted) {
   ShardRows rows;
   const auto flat = [](const at::Tensor& values) { return values.squeeze(1).to(at::kDouble); };
   const at::Tensor logits = plain::arithmetic_logits(block, settings.softcap);
@@ -102,8 +104,11 @@ inline ShardRows shard_rows_of_block(const at::Tensor& block, const ShardTargets
   const auto [maximum, index] = others.max(-1, /*keepdim=*/true);
   const at::Tensor reference = finite_or_zero(maximum);
   rows.maximum = flat(maximum);
-  if (wants_runner_up) rows.runner_up = flat(index) + static_cast<double>(shard.first);
-  rows.sum = sum_of_rows(others.sub_(reference).exp_()).to(at::kDouble);
+  if (wanted.prediction) rows.runner_up = flat(index) + static_cast<double>(shard.first);
+  const at::Tensor distance = wanted.entropy ? reference - others : at::Tensor();
+  others.sub_(reference).exp_();
+  rows.sum = sum_of_rows(others).to(at::kDouble);
+  if (wanted.entropy) rows.moment = plain::weighted_surprise(others, distance).to(at::kDouble);
   if (settings.class_weight.defined()) {
     rows.target_weight = flat(
         settings.class_weight.gather(0, targets.column.squeeze(1)).unsqueeze(1).masked_fill(targets.is_here == 0, 0));
@@ -131,21 +136,20 @@ inline ShardRows joined(std::vector<ShardRows>& blocks) {
   return result;
 }
 
-/// Where the logits of one call lie on a rank: found out before the ranks speak of their rows.
-struct ShardRange {
-  double highest;  ///< the highest logit of a position that counts
-  double floor;    ///< some logit of each position that counts is at least this high
-};
-
-inline ShardRange range_of(const ShardRows& rows, const ShardTargets& targets, const at::Tensor& left_out) {
+/// Where the logits of one call lie on a rank, found out before the ranks speak of their rows, [2] in float64: the
+/// highest logit of the positions that count, and a floor, which each of them reaches with its highest. The maximum of
+/// both over ranks holds for all columns.
+inline at::Tensor range_of(const ShardRows& rows, const ShardTargets& targets, const at::Tensor& left_out) {
   constexpr double infinity = std::numeric_limits<double>::infinity(), largest = std::numeric_limits<double>::max();
-  if (rows.maximum.size(0) == 0) return {-largest, largest};
+  if (rows.maximum.size(0) == 0) {
+    const auto options = rows.maximum.options();
+    return at::stack({at::full({}, -largest, options), at::full({}, largest, options)});
+  }
   const at::Tensor target = rows.target.masked_fill(targets.is_here.squeeze(1) == 0, -infinity);
   const at::Tensor reach = at::maximum(rows.maximum, target);
   const at::Tensor is_unusable = left_out | (reach != reach) | (reach == infinity);  // such a row's loss is NaN anyway
-  const double highest = reach.masked_fill(is_unusable, -largest).max().item<double>();
-  const double floor = reach.masked_fill(is_unusable, largest).min().item<double>();
-  return {std::max(highest, -largest), std::max(floor, -largest)};
+  return at::stack({reach.masked_fill(is_unusable, -largest).max(), reach.masked_fill(is_unusable, largest).min()})
+      .clamp_min_(-largest);
 }
 
 /// How far apart a call's rows may lie to have one reference: below it, exp(x - c) and the quotient of any two that
@@ -165,11 +169,12 @@ struct VocabularyRows {
   at::Tensor target_weight;  ///< w_y, undefined without class weights
   at::Tensor surprise;       ///< sum of w (c - x), undefined without label smoothing
   at::Tensor weight;         ///< sum of w, 0-dim; undefined without label smoothing
-  at::Tensor hit;            ///< bool, undefined if not asked for
+  at::Tensor moment;         ///< sum of exp(x - c) (c - x) over the same as `others`; undefined if not asked for
+  at::Tensor prediction;     ///< int64, undefined if not asked for
 
   std::vector<at::Tensor*> summands() {
     std::vector<at::Tensor*> defined;
-    for (at::Tensor* field : {&others, &target, &target_weight, &surprise}) {
+    for (at::Tensor* field : {&others, &target, &target_weight, &surprise, &moment}) {
       if (field->defined()) defined.push_back(field);
     }
     return defined;
@@ -180,14 +185,27 @@ struct VocabularyRows {
 inline VocabularyRows scaled(const ShardRows& rows, const at::Tensor& reference) {
   VocabularyRows of;
   of.reference = reference;
-  of.others = rows.sum * (rows.maximum - reference).exp_();
+  const at::Tensor scale = (rows.maximum - reference).exp_();
+  of.others = rows.sum * scale;
   of.target = rows.target;
   of.target_weight = rows.target_weight;
   if (rows.surprise.defined()) {
     of.surprise = rows.surprise + rows.weight * (reference - finite_or_zero(rows.maximum));
     of.weight = rows.weight;
   }
+  if (rows.moment.defined()) {
+    of.moment = (rows.moment + rows.sum * (reference - finite_or_zero(rows.maximum))) * scale;
+  }
   return of;
+}
+
+/// -sum_c p_c log p_c, where the reference is the highest logit: no term is negative, and none cancels.
+inline at::Tensor entropy_of_vocabulary(const VocabularyRows& of, const at::Tensor& nll) {
+  const at::Tensor below = of.target - of.reference;
+  const at::Tensor log_sum = (of.others + below.expm1()).log1p_();  // lse - reference
+  const at::Tensor p_target = (below - log_sum).exp_();
+  const at::Tensor of_target = (p_target * nll).masked_fill_(p_target == 0, 0);
+  return (of.moment + log_sum * of.others) * log_sum.neg().exp_() + of_target;
 }
 
 /// The rows as what the losses are made of.
@@ -205,13 +223,12 @@ inline CrossEntropyRows rows_of_vocabulary(const VocabularyRows& of, const Cross
     rows.likelihood_loss = rows.likelihood_loss * (1 - settings.label_smoothing) +
                            spread * (settings.label_smoothing / static_cast<double>(vocab_size));
   }
+  if (of.moment.defined()) rows.entropy = plain::without_left_out(entropy_of_vocabulary(of, rows.nll), positions);
+  if (of.prediction.defined()) rows.prediction = of.prediction;
   rows.log_sum_exp = plain::without_left_out(rows.log_sum_exp, positions);
   const bool is_nll = rows.nll.is_same(rows.likelihood_loss);
   rows.nll = plain::without_left_out(rows.nll, positions);
   rows.likelihood_loss = is_nll ? rows.nll : plain::without_left_out(rows.likelihood_loss, positions);
-  if (of.hit.defined()) {  // no class where the target is not the most likely one
-    rows.prediction = positions.class_index.masked_fill(of.hit == 0, -1);
-  }
   return rows;
 }
 
