@@ -107,7 +107,8 @@ at::Tensor count_across_ranks(const at::Tensor& targets, const GroupPointer& gro
 }
 
 /// The metrics of all ranks' positions together, as one call with the whole batch would have given them. Every rank gets
-/// them. One all-reduce of 64 numbers (more above 48 latent bits); on the CPU nothing else is read before a figure is.
+/// them. One all-reduce of 64 numbers; above 45 latent bits one more, of a number for each bit above. On the CPU nothing
+/// else is read before a figure is.
 /// metrics  this rank's; those of ranks that had no call yet count as none
 /// Throws   c10::Error, on the CPU, if ranks disagree on latent_dim, the hinge's place or accuracy, as += does; and what
 ///          c10d reports when a rank is missing

@@ -141,15 +141,32 @@ TEST_CASE("Ranks without metrics count as none", "[batch][metrics]") {
   CHECK(sum_across_ranks(LossMetrics(), group()).at("loss/total") == 0);
 }
 
-TEST_CASE("Metrics of many latent bits take a larger message", "[batch][metrics]") {
+TEST_CASE("Metrics of many latent bits take a second message", "[batch][metrics]") {
   const Batch batch;
-  const auto z_logits = torch::ones({12, 100}, torch::kDouble);
-  const auto options = VAELossOptions().latent_dim(100);
-  const auto metrics = compute_vae_loss(batch.logits, batch.targets, z_logits, options).metrics;
-  ranks::WatchedGroup watched;
-  const auto sum = sum_across_ranks(metrics, &watched);
-  CHECK(watched.bytes == std::vector<size_t>{128 * 8});
-  CHECK_THAT(sum.at("latent/kl_bits"), Catch::Matchers::WithinRel(metrics.at("latent/kl_bits"), 1e-13));
+  const auto metrics_of = [&](int64_t bits) {
+    return compute_vae_loss(batch.logits, batch.targets, torch::ones({12, bits}, torch::kDouble),
+                            VAELossOptions().latent_dim(bits))
+        .metrics;
+  };
+  const auto messages_of = [&](const LossMetrics& own, LossMetrics& sum) {
+    ranks::WatchedGroup watched;
+    sum = sum_across_ranks(own, &watched);
+    return watched.bytes;
+  };
+  LossMetrics sum;
+  CHECK(messages_of(metrics_of(45), sum) == std::vector<size_t>{64 * 8});
+  CHECK(messages_of(metrics_of(46), sum) == std::vector<size_t>{64 * 8, 8});
+  const auto many = metrics_of(100);
+  CHECK(messages_of(many, sum) == std::vector<size_t>{64 * 8, 55 * 8});
+  CHECK_THAT(sum.at("latent/kl_bits"), Catch::Matchers::WithinRel(many.at("latent/kl_bits"), 1e-13));
+
+  // A rank without metrics cannot know how many the others have.
+  CHECK(messages_of(ranks::rank() == 0 ? many : LossMetrics(), sum).size() == 2);
+  for (const auto& [name, value] : many) CHECK_THAT(sum.at(name), Catch::Matchers::WithinRel(value, 1e-13));
+  if (ranks::size() == 1) return;
+  const auto few = metrics_of(5);
+  const auto error = error_of([&] { sum_across_ranks(ranks::rank() == 0 ? many : few, group()); });
+  CHECK(error.find("sum_across_ranks: metrics must have one latent_dim") == 0);
 }
 
 TEST_CASE("What one rank refuses or has otherwise is an error on every rank", "[batch][failure]") {

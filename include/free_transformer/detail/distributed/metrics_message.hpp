@@ -1,9 +1,10 @@
-/// The sums of `LossMetrics` on their way through one all-reduce.
+/// The sums of `LossMetrics` on their way through one all-reduce, or two if they are many.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <utility>
@@ -32,11 +33,10 @@ enum MetricsField : int64_t {
   metrics_field_count
 };
 
-/// Messages of different sizes would be the end of a process, not an error: all have 64 numbers, or the next multiple.
-inline int64_t numbers_of_message(int64_t sums) {
-  constexpr int64_t step = 64;
-  return (metrics_field_count + sums + step - 1) / step * step;
-}
+/// Ranks may differ in their sums, or have none; a message whose size they did not agree on would be the end of their
+/// processes, not an error. So the first has a fixed size, and the sums without room in it follow once the shape is
+/// known.
+constexpr int64_t first_message_size = 64, first_sums_count = first_message_size - metrics_field_count;
 
 /// The shape that all callers have in common.
 inline MetricsShape common_shape(const char* function, const at::Tensor& message) {
@@ -62,7 +62,12 @@ inline MetricsShape common_shape(const char* function, const at::Tensor& message
 inline std::pair<at::Tensor, MetricsShape> sum_metrics(const char* function, const RankGroup& ranks,
                                                        const at::Tensor& sums, const MetricsShape& own) {
   const auto options = sums.defined() ? sums.options() : at::TensorOptions(at::kDouble);
-  const at::Tensor message = at::zeros({numbers_of_message(own.sums)}, options);
+  const at::Tensor message = at::zeros({first_message_size}, options);
+  const at::Tensor first_sums = message.narrow(0, metrics_field_count, first_sums_count);
+  const auto copy_sums = [&](const at::Tensor& to, int64_t first) {
+    const int64_t count = std::min(to.size(0), own.sums - first);
+    if (count > 0) to.narrow(0, 0, count).copy_(sums.narrow(0, first, count));
+  };
   if (sums.defined()) {
     const auto as_number = [](bool value) { return value ? 1.0 : 0.0; };
     const auto size = static_cast<double>(own.sums);
@@ -75,11 +80,15 @@ inline std::pair<at::Tensor, MetricsShape> sum_metrics(const char* function, con
                                                 as_number(own.has_kl_of_each_bit)};
     message.narrow(0, 0, metrics_field_count)
         .copy_(at::from_blob(const_cast<double*>(fields), {metrics_field_count}, at::kDouble));
-    message.narrow(0, metrics_field_count, own.sums).copy_(sums);
   }
+  copy_sums(first_sums, 0);
   ranks.sum(function, message);
   const MetricsShape common = message.device().is_cpu() ? common_shape(function, message) : own;
-  return {message.narrow(0, metrics_field_count, common.sums).clone(), common};
+  if (common.sums <= first_sums_count) return {first_sums.narrow(0, 0, common.sums).clone(), common};
+  const at::Tensor others = at::zeros({common.sums - first_sums_count}, options);
+  copy_sums(others, first_sums_count);
+  ranks.sum(function, others);
+  return {at::cat({first_sums, others}), common};
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL
