@@ -78,11 +78,12 @@ class VocabularyParallelPass : public LossPass {
  protected:
   virtual Tensors gradients(const Tensors& inputs, const at::Tensor& upstream) = 0;
 
-  /// Of the columns of a block of logits.
-  at::Tensor gradient_of(const at::Tensor& block, int64_t first, const at::Tensor& upstream) const {
+  /// Of the columns of a block of logits, which `gradient` may be.
+  void write_gradient(const at::Tensor& block, int64_t first, const at::Tensor& upstream,
+                      const at::Tensor& gradient) const {
     const auto part = [&](const at::Tensor& all) { return all.narrow(0, first, block.size(0)); };
-    return gradient_of_shard_block(block, ShardTargets(part(settings_.targets), shard_), part_of(loss_.gradient, part),
-                                   settings_, part(upstream));
+    write_shard_gradient(block, ShardTargets(part(settings_.targets), shard_), part_of(loss_.gradient, part), settings_,
+                         part(upstream), gradient);
   }
 
   VocabularyShard shard_;
@@ -101,7 +102,7 @@ class ShardLogitsPass final : public VocabularyParallelPass {
     const at::Tensor rows = gradient.view({settings_.targets.size(0), shard_.columns});
     rows.narrow(1, shard_.classes, shard_.columns - shard_.classes).zero_();
     for_each_shard_block(logits.detach(), shard_, [&](const at::Tensor& block, int64_t first) {
-      rows.narrow(0, first, block.size(0)).narrow(1, 0, shard_.classes).copy_(gradient_of(block, first, upstream));
+      write_gradient(block, first, upstream, rows.narrow(0, first, block.size(0)).narrow(1, 0, shard_.classes));
     });
     return {gradient};
   }
@@ -126,7 +127,7 @@ class ShardHeadPass final : public VocabularyParallelPass {
     if (inputs.weight.requires_grad()) wanted.weight = WeightGradient(classes), wanted.weight.zero();
     if (wants_bias) wanted.bias = at::zeros({shard_.classes}, hidden.options().dtype(type));
     for_each_shard_block(classes, hidden, [&](const at::Tensor& logits, int64_t first, const at::Tensor& block) {
-      logits.copy_(gradient_of(logits, first, upstream));
+      write_gradient(logits, first, upstream, logits);
       const at::Tensor of_hidden =
           wanted.hidden.defined() ? wanted.hidden.narrow(0, first, block.size(0)) : at::Tensor();
       add_to_gradients(classes, block, logits, of_hidden, wanted, /*is_first_block=*/first == 0);

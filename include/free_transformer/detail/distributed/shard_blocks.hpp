@@ -29,10 +29,10 @@ inline LinearInputs without_padding(LinearInputs inputs, const VocabularyShard& 
   return inputs;
 }
 
-/// hidden as [N, D], where positions that do not count are 0: whatever is there would reach the products.
+/// hidden as [N, D], 0 at `left_out` if it is defined: whatever is there would reach the products.
 inline at::Tensor rows_of_hidden(const LinearInputs& inputs, const at::Tensor& left_out) {
-  const at::Tensor hidden = inputs.hidden.detach();
-  return hidden.reshape({-1, hidden.size(-1)}).masked_fill(left_out.unsqueeze(1), 0);
+  const at::Tensor hidden = inputs.hidden.detach().reshape({-1, inputs.hidden.size(-1)});
+  return left_out.defined() ? hidden.masked_fill(left_out.unsqueeze(1), 0) : hidden;
 }
 
 /// visit(logits [rows, classes], first row, hidden of the rows) for all rows of hidden, [N, D]. The logits are in a

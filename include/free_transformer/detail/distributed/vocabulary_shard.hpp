@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "free_transformer/detail/compilation.hpp"
@@ -101,7 +102,12 @@ inline ShardRows shard_rows_of_block(const at::Tensor& block, const ShardTargets
   rows.target = flat(at_target.masked_fill(targets.is_here == 0, 0));
   const at::Tensor hidden_target = at_target.masked_fill(targets.is_here, -std::numeric_limits<double>::infinity());
   at::Tensor others = logits.scatter(1, targets.column, hidden_target);
-  const auto [maximum, index] = others.max(-1, /*keepdim=*/true);
+  at::Tensor maximum, index;
+  if (wanted.prediction) {
+    std::tie(maximum, index) = others.max(-1, /*keepdim=*/true);
+  } else {
+    maximum = others.amax(-1, /*keepdim=*/true);
+  }
   const at::Tensor reference = finite_or_zero(maximum);
   rows.maximum = flat(maximum);
   if (wanted.prediction) rows.runner_up = flat(index) + static_cast<double>(shard.first);
@@ -239,7 +245,7 @@ struct ShardGradient {
   at::Tensor target_share;          ///< probability of the target
   at::Tensor of_target, of_others;  ///< of the loss: coefficients of the target's and of all other surprises
   at::Tensor of_each;               ///< coefficient of a class of weight 1; undefined without label smoothing
-  at::Tensor is_zero;               ///< bool: whatever its logits, the row's gradient is 0
+  at::Tensor is_zero;               ///< bool: the row's gradient is 0, whatever its logits; undefined if for none
 
   std::vector<at::Tensor*> tensors() {
     return {&maximum, &log_sum_exp, &others_share, &target_share, &of_target, &of_others, &of_each, &is_zero};
@@ -272,28 +278,34 @@ inline ShardGradient shard_gradient(const ShardRows& here, const VocabularyRows&
   if (all.target_weight.defined() && !(settings.label_smoothing > 0) && !(settings.z_loss > 0)) {
     of.is_zero = of.is_zero | (all.target_weight == 0);
   }
+  if (of.is_zero.device().is_cpu() && !of.is_zero.any().item<bool>()) of.is_zero.reset();
   return of;
 }
 
-/// The gradient of a block of this rank's columns, in the type of arithmetic; `of` and upstream ([rows] or 0-dim,
-/// float64) are the block's.
-inline at::Tensor gradient_of_shard_block(const at::Tensor& block, const ShardTargets& targets, const ShardGradient& of,
-                                          const CrossEntropySettings& settings, const at::Tensor& upstream) {
+/// The gradient of a block of this rank's columns into `gradient`, which may be the block itself; `of` and upstream
+/// ([rows] or 0-dim, float64) are the block's.
+inline void write_shard_gradient(const at::Tensor& block, const ShardTargets& targets, const ShardGradient& of,
+                                 const CrossEntropySettings& settings, const at::Tensor& upstream,
+                                 const at::Tensor& gradient) {
   const at::Tensor logits = plain::arithmetic_logits(block, settings.softcap);
   const auto type = logits.scalar_type();
+  const at::Tensor cap_derivative =
+      settings.softcap > 0 ? plain::softcap_derivative(block, settings.softcap) : at::Tensor();
   const auto column = [&](const at::Tensor& values) { return values.to(type).unsqueeze(1); };
   const at::Tensor factor = (of.maximum - of.log_sum_exp).exp_() * (of.of_target + of.of_others) * upstream;
   const at::Tensor at_target = (of.of_others * of.target_share - of.of_target * of.others_share) * upstream;
+  at::Tensor values = gradient.scalar_type() == type ? gradient : at::empty(gradient.sizes(), logits.options());
   // A target here is above the maximum of the others by any amount: its own entry is written over.
-  at::Tensor gradient = (logits - column(of.maximum)).exp_().mul_(column(factor));
+  at::sub_out(values, logits, column(of.maximum));
+  values.exp_().mul_(column(factor));
   if (of.of_each.defined()) {
     const at::Tensor each = column(of.of_each * upstream);
-    gradient.sub_(settings.class_weight.defined() ? each * settings.class_weight : each);
+    values.sub_(settings.class_weight.defined() ? each * settings.class_weight : each);
   }
-  gradient.scatter_(1, targets.column,
-                    at::where(targets.is_here, column(at_target), gradient.gather(1, targets.column)));
-  if (settings.softcap > 0) gradient.mul_(plain::softcap_derivative(block, settings.softcap));
-  return gradient.masked_fill_(of.is_zero.unsqueeze(1), 0);
+  values.scatter_(1, targets.column, at::where(targets.is_here, column(at_target), values.gather(1, targets.column)));
+  if (cap_derivative.defined()) values.mul_(cap_derivative);
+  if (of.is_zero.defined()) values.masked_fill_(of.is_zero.unsqueeze(1), 0);
+  if (!values.is_same(gradient)) gradient.copy_(values);
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL
