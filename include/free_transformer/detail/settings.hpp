@@ -154,7 +154,7 @@ struct WantedOfLatents {
 };
 
 struct LatentRows {
-  at::Tensor sums;   ///< see `LatentSum`
+  at::Tensor sums;   ///< see `LatentSum`; empty where the loss is all that was wanted of them
   at::Tensor scale;  ///< of every penalty on its way to the loss: 0-dim in the widest type, of the host where it knows
   at::Tensor loss;   ///< reduced, 0-dim; undefined where it is left to be made of the sums
   at::Tensor penalty;   ///< [N] in the type of arithmetic, weighted; this and the following undefined if not asked for

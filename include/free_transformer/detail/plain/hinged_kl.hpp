@@ -25,28 +25,26 @@ inline bool takes_few_operations(const at::Tensor& z_logits, const LatentSetting
 }
 
 /// The KL of each bit and its derivative z p (1 - p), p = sigmoid(-|z|), in the widest type. The KL is log 2 -
-/// log1p(exp(-|z|)) - |z| p, which cancels for small |z|. For logits of a narrower type than float64 it is clamped to
+/// log1p(exp(-|z|)) - |z| p, which cancels for small |z|. For logits of a narrower type than the widest it is clamped to
 /// [z^2/8 - z^4/64, z^2/8], which encloses the KL: where the cancellation is worse than 2e-8 of it, the two are closer than
-/// that. For float64 it is u t + log1p(-t^2)/2 there, u = |z|/2, t = tanh u; see `bernoulli_kl_uniform`.
-/// Beyond 800 the KL is log 2 and the derivative 0 in every type.
+/// that. Beyond 800 the KL is log 2 and the derivative 0 in every type.
 class BitsInFewOperations {
  public:
   BitsInFewOperations(const at::Tensor& z_logits, bool wants_derivative)
       : z_(z_logits.to(widest_type(z_logits.device())).clamp(-800, 800)),  // infinity times 0 would be a NaN
         is_narrow_(z_.scalar_type() == at::kDouble && z_logits.scalar_type() != at::kDouble),
-        minus_(at::copysign(z_, -1.0)),
-        p_(minus_.sigmoid()) {
+        minus_(at::copysign(z_, -1.0)) {
+    if (!is_narrow_) factors_ = at::empty({2, positions(), width()}, options());
+    p_ = is_narrow_ ? at::empty_like(z_) : factors_.select(0, 1);
+    at::sigmoid_out(p_, minus_);
     if (wants_derivative) derivative_ = at::sigmoid_backward(z_, p_);
   }
 
   void write_kl(at::Tensor kl) const {
+    if (!is_narrow_) return write_kl_of_widest_type(kl);
     const at::Tensor far = at::rsub(at::softplus(minus_).addcmul_(minus_, p_, -1), std::log(2.0));
-    if (is_narrow_) {
-      const at::Tensor upper = z_.square().mul_(0.125);
-      at::clamp_out(kl, far, at::addcmul(upper, upper, upper, -1), upper);
-    } else if (!kl.is_meta()) {  // where LibTorch 1.13 has no at::where
-      at::where_out(kl, minus_ > -2, by_tanh(), far);
-    }
+    const at::Tensor upper = z_.square().mul_(0.125);
+    at::clamp_out(kl, far, at::addcmul(upper, upper, upper, -1), upper);
   }
 
   /// Undefined if it is not wanted. Whoever takes it may change it.
@@ -57,14 +55,22 @@ class BitsInFewOperations {
   at::TensorOptions options() const { return z_.options(); }
 
  private:
-  at::Tensor by_tanh() const {
-    const at::Tensor u = minus_ * 0.5, t = u.tanh();  // both are odd
-    return (u * t).add_(t.square().neg_().log1p_(), /*alpha=*/0.5);
+  /// With t = tanh(-|z|/2) the KL is (log1p(-t^2) - |z| t)/2, which keeps its digits for small |z|, and log1p(-t) - |z| p,
+  /// which does for large: see `bernoulli_kl_uniform`. An operation for both at once is one launch.
+  void write_kl_of_widest_type(at::Tensor& kl) const {
+    at::Tensor forms = at::empty_like(factors_), near = forms.select(0, 0), far = forms.select(0, 1);
+    at::Tensor t = factors_.select(0, 0);
+    at::tanh_out(t, minus_ * 0.5);
+    at::neg_out(far, t);
+    at::mul_out(near, t, far);
+    forms.log1p_().addcmul_(minus_, factors_);
+    if (kl.is_meta()) return;  // where LibTorch 1.13 has no at::where
+    at::where_out(kl, minus_ > -2, near.mul_(0.5), far);
   }
 
   at::Tensor z_;
   const bool is_narrow_;
-  at::Tensor minus_, p_, derivative_;  // -|z|, sigmoid(-|z|)
+  at::Tensor minus_, factors_, p_, derivative_;  // -|z|, t and p of the widest type's forms, p
 };
 
 /// A row for each position: what is summed of it in the order of `LatentSum`, then the KL of each bit. Where the weight
@@ -162,7 +168,13 @@ inline LatentRows latent_rows_in_few_operations(kernels::Hinge hinge, const at::
   LatentTable table(bits, settings, hinge, has_metrics);
   LatentRows result;
   result.scale = scale;
-  if (!scale.defined() || hinge == kernels::Hinge::batch_mean) result.sums = table.sums();
+  const bool is_mean_of_rows = normalization.reduction == ReductionKind::mean && !normalization.number && !has_metrics;
+  if (!scale.defined() && is_mean_of_rows) {
+    result.loss = table.penalty().mean().to(arithmetic_type(z_logits.scalar_type()));
+    result.sums = at::empty({0}, bits.options());
+  } else if (!scale.defined() || hinge == kernels::Hinge::batch_mean) {
+    result.sums = table.sums();
+  }
   if (!scale.defined() && knows_scale) {  // a number of the host multiplies without an operation of its own
     const auto count = static_cast<double>(rows);
     result.scale = at::scalar_tensor(loss_scale(normalization, count, count), bits.options().device(at::kCPU));
