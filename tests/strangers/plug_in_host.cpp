@@ -1,5 +1,5 @@
-// A program that loads its loss by dlopen, and has the library in itself, too: losses, gradients, graphs and errors pass between
-// the two copies. The argument is the plug-in's file.
+// A program that loads its loss by dlopen, and has the library in itself, too: losses, gradients, graphs, errors and the memory
+// that `inplace` has written over pass between the two copies. The argument is the plug-in's file.
 #include <dlfcn.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -55,17 +55,25 @@ void catch_an_error(ComputeLoss compute) {
   }
 }
 
-/// What one copy has overwritten the other one does not know, but the graph does: nothing is trained on it.
+/// What the plug-in has overwritten the program's copy knows as well, also where there is no graph that would say it; and no
+/// longer once somebody has written there.
 void reuse_overwritten_logits(ComputeLoss compute) {
   const Inputs inputs;
   const at::Tensor logits = inputs.logits * 1;
   PlugInLoss result;
   compute(logits, inputs.targets, inputs.z_logits, true, result);
-  try {
-    free_transformer::compute_reconstruction_loss(logits, inputs.targets).backward();
-    expect(false, "a loss of logits that the plug-in has overwritten has a gradient");
-  } catch (const c10::Error&) {
+  for (const at::Tensor& alias : {logits, logits.detach(), logits.detach().slice(0, 3, 9)}) {
+    try {
+      free_transformer::compute_reconstruction_loss(alias, inputs.targets.narrow(0, 0, alias.size(0)));
+      expect(false, "logits that the plug-in has overwritten are taken");
+    } catch (const c10::Error& error) {
+      const std::string text = error.what_without_backtrace();
+      expect(text.find("logits must not be used again after inplace") != std::string::npos, "another error: " + text);
+    }
   }
+  const at::Tensor memory = logits.detach().copy_(inputs.logits.detach());
+  const at::Tensor loss = free_transformer::compute_reconstruction_loss(memory, inputs.targets);
+  expect_close(loss, cross_entropy(exact_leaf(inputs.logits), inputs.targets), "logits written anew");
 }
 
 void use(void* plug_in) {

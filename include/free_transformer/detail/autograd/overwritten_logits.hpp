@@ -13,16 +13,18 @@
 #include <mutex>
 #include <vector>
 
+#include "free_transformer/detail/autograd/process_wide.hpp"
 #include "free_transformer/detail/checks/memory.hpp"
 #include "free_transformer/detail/compilation.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
-/// One for the process. An entry ends with its memory, or when somebody writes to it, which autograd counts.
+/// One for the process, whichever copy of the library has overwritten the memory. An entry ends with its memory, or when
+/// somebody writes to it, which autograd counts.
 class OverwrittenLogits {
  public:
   static OverwrittenLogits& instance() {
-    static OverwrittenLogits all;
+    static OverwrittenLogits& all = process_wide<OverwrittenLogits>("overwritten_logits_1");  // 1: this layout
     return all;
   }
 
