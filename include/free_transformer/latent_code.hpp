@@ -117,7 +117,7 @@ inline at::Tensor map_latent_codes(const at::Tensor& z_logits, const at::Tensor&
   detail::check_latent_dim(function, "the last size of z_logits", z_logits.size(-1));
   detail::check_codebook(function, codebook, z_logits);
   const at::Tensor indices = detail::checked_codes_of(function, codes, z_logits);
-  return detail::apply_in_graph(c10::make_intrusive<detail::BinaryMapper>(), z_logits, indices, codebook)[0];
+  return detail::apply_in_graph(c10::make_intrusive<detail::BinaryMapper>(), {z_logits, indices, codebook})[0];
 }
 
 inline at::Tensor straight_through_latent_bits(const at::Tensor& z_logits, const at::Tensor& bits) {

@@ -34,21 +34,21 @@ inline at::Tensor rows_summed_by_code(const at::Tensor& rows, const at::Tensor& 
 }
 
 struct BinaryMapper final : GraphOperation {
-  Tensors node_forward(Context& context, const Tensors& inputs) override {
-    context.save_for_backward(inputs);
+  Tensors node_forward(GraphNode& node, const Tensors& inputs) override {
+    node.save_for_backward(inputs);
     const at::Tensor &codes = inputs[1], &codebook = inputs[2];
     auto shape = codes.sizes().vec();
     shape.push_back(codebook.size(1));
     return {codebook.index_select(0, codes.reshape({-1})).view(shape)};
   }
 
-  Tensors node_backward(Context& context, const Tensors& upstream) override {
+  Tensors node_backward(GraphNode& node, const at::Tensor& upstream) override {
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "map_latent_codes: must not be differentiated twice (create_graph): its gradient has no graph");
-    const auto saved = context.get_saved_variables();
+    const auto saved = node.saved_tensors();
     const at::Tensor &z_logits = saved[0], &codes = saved[1], &codebook = saved[2];
     Tensors gradients(3);
-    const at::Tensor rows = upstream[0].reshape({-1, codebook.size(1)});
+    const at::Tensor rows = upstream.reshape({-1, codebook.size(1)});
     if (z_logits.requires_grad()) {
       const at::Tensor flat = z_logits.detach().reshape({-1, z_logits.size(-1)});
       gradients[0] = plain::code_expectation_gradient(flat, codebook.detach(), rows).view(z_logits.sizes());

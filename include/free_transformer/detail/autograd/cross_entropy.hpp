@@ -109,7 +109,7 @@ inline LossAndSums cross_entropy(const char* function, const at::Tensor& logits,
   const bool overwrites = inplace && at::GradMode::is_enabled() && logits.requires_grad() &&
                           normalization.reduction != ReductionKind::none && can_overwrite(logits, settings);
   if (overwrites) return inplace_cross_entropy(function, logits, settings, normalization, count_hits);
-  return run(c10::make_intrusive<CrossEntropyPass>(settings, normalization, count_hits), logits);
+  return run(c10::make_intrusive<CrossEntropyPass>(settings, normalization, count_hits), {logits});
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

@@ -1,50 +1,122 @@
 /// The one class of node that this library puts into autograd's graph: an operation that keeps what it needs for its
-/// backward. Each class derived from LibTorch's `Function` would cost a user another half second of compiling.
+/// backward. It derives from LibTorch's `Node`, as LibTorch's own operations do: the template `Function` around that would
+/// cost every unit of a user another two seconds of compiling.
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/Exception.h>
 #include <c10/util/intrusive_ptr.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/custom_class.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
-#include "free_transformer/detail/autograd/optional_tensor.hpp"
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
 #include "free_transformer/detail/compilation.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
-struct GraphOperation : torch::CustomClassHolder {
-  using Tensors = torch::autograd::variable_list;
-  using Context = torch::autograd::AutogradContext;
+class GraphNode;
 
-  /// Undefined inputs stand for those that are not there.
-  virtual Tensors node_forward(Context& context, const Tensors& inputs) = 0;
+/// What a node computes. Undefined inputs stand for those that are not there.
+struct GraphOperation : c10::intrusive_ptr_target {
+  using Tensors = torch::autograd::variable_list;
+
+  /// The first of the results gets the node for its history; the others have none.
+  virtual Tensors node_forward(GraphNode& node, const Tensors& inputs) = 0;
   /// The gradients of the inputs; those at the end may be left out.
-  virtual Tensors node_backward(Context& context, const Tensors& upstream) = 0;
+  virtual Tensors node_backward(GraphNode& node, const at::Tensor& upstream) = 0;
 };
 
-struct GraphNode : torch::autograd::Function<GraphNode> {
-  static constexpr size_t input_count = 3;
+class GraphNode final : public torch::autograd::Node {
+ public:
+  using Tensors = GraphOperation::Tensors;
 
-  static GraphOperation::Tensors forward(GraphOperation::Context* context, const at::Tensor& first,
-                                         const OptionalTensor& second, const OptionalTensor& third,
-                                         const c10::intrusive_ptr<GraphOperation>& operation) {
-    context->saved_data["operation"] = c10::IValue::make_capsule(operation);
-    return operation->node_forward(*context, {first, second.value_or(at::Tensor()), third.value_or(at::Tensor())});
+  explicit GraphNode(c10::intrusive_ptr<GraphOperation> operation) : operation_(std::move(operation)) {}
+
+  void save_for_backward(const Tensors& tensors) {
+    saved_.clear();
+    for (const at::Tensor& tensor : tensors) saved_.emplace_back(tensor, /*is_output=*/false);
   }
 
-  static GraphOperation::Tensors backward(GraphOperation::Context* context, const GraphOperation::Tensors& upstream) {
-    const auto capsule = context->saved_data["operation"].toCapsule();
-    auto gradients = static_cast<GraphOperation&>(*capsule).node_backward(*context, upstream);
-    gradients.resize(input_count + 1);
+  /// Throws if one of them was changed since, or if the graph was released.
+  Tensors saved_tensors() const {
+    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+    Tensors tensors;
+    for (const auto& saved : saved_) tensors.push_back(saved.unpack());
+    return tensors;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    saved_.clear();
+    is_released_ = true;
+  }
+
+ private:
+  Tensors apply(Tensors&& upstream) override {
+    const std::lock_guard<std::mutex> lock(mutex_);  // operations hand out what they hold
+    Tensors gradients;
+    if (upstream[0].defined()) gradients = operation_->node_backward(*this, upstream[0]);
+    gradients.resize(num_outputs());
     return gradients;
   }
+
+  c10::intrusive_ptr<GraphOperation> operation_;
+  std::vector<torch::autograd::SavedVariable> saved_;
+  bool is_released_ = false;
 };
 
-/// The operation's outputs, which have this node for their history.
+/// A shared pointer, which the newest LibTorch has made an intrusive one.
+using NodePointer = decltype(torch::autograd::Edge::function);
+
+template <typename Pointer = NodePointer>
+Pointer make_graph_node(const c10::intrusive_ptr<GraphOperation>& operation) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return Pointer(new GraphNode(operation), torch::autograd::deleteNode);
+  } else {
+    return c10::make_intrusive<GraphNode>(operation);
+  }
+}
+
+inline NodePointer node_on_top_of(const c10::intrusive_ptr<GraphOperation>& operation,
+                                  const GraphOperation::Tensors& inputs) {
+  NodePointer node = make_graph_node(operation);
+  for (const at::Tensor& input : inputs) {
+    const bool has_edge = input.defined() && input.requires_grad();
+    node->add_next_edge(has_edge ? torch::autograd::impl::gradient_edge(input) : torch::autograd::Edge());
+  }
+  return node;
+}
+
+inline bool needs_graph(const GraphOperation::Tensors& inputs) {
+  if (!at::GradMode::is_enabled()) return false;
+  return std::any_of(inputs.begin(), inputs.end(),
+                     [](const at::Tensor& input) { return input.defined() && input.requires_grad(); });
+}
+
+/// The operation's results.
 inline GraphOperation::Tensors apply_in_graph(const c10::intrusive_ptr<GraphOperation>& operation,
-                                              const at::Tensor& first, const at::Tensor& second = {},
-                                              const at::Tensor& third = {}) {
-  return GraphNode::apply(first, optional_tensor(second), optional_tensor(third), operation);
+                                              const GraphOperation::Tensors& inputs) {
+  const NodePointer node = node_on_top_of(operation, inputs);
+  const bool has_graph = needs_graph(inputs);
+  const at::NoGradGuard no_grad;
+  auto results = operation->node_forward(static_cast<GraphNode&>(*node), inputs);
+  if (has_graph) torch::autograd::impl::set_gradient_edge(results[0], {node, node->add_input_metadata(results[0])});
+  return results;
+}
+
+/// Autograd sees the tensor as changed in place by the operation, which is its history, and that of what it is a view of,
+/// from now on.
+inline void rebase_history(const c10::intrusive_ptr<GraphOperation>& operation, const at::Tensor& tensor) {
+  const NodePointer node = node_on_top_of(operation, {tensor});
+  torch::autograd::impl::bump_version(tensor);
+  torch::autograd::impl::rebase_history(tensor, {node, node->add_input_metadata(tensor)});
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

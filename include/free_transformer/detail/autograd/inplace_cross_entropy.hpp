@@ -61,11 +61,11 @@ struct InplaceCrossEntropy final : GraphOperation {
   bool holds_gradient = false;
   CallersTensor callers_logits{c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
 
-  Tensors node_forward(Context& /*context*/, const Tensors& inputs) override {
+  Tensors node_forward(GraphNode& /*node*/, const Tensors& inputs) override {
     return {at::empty({}, inputs[0].options().dtype(arithmetic_type(inputs[0].scalar_type())))};
   }
 
-  Tensors node_backward(Context& /*context*/, const Tensors& upstream) override {
+  Tensors node_backward(GraphNode& /*node*/, const at::Tensor& upstream) override {
     constexpr const char* function = "compute_reconstruction_loss";
     TORCH_CHECK(!at::GradMode::is_enabled(), function, ": inplace must be false for a double backward (create_graph)");
     TORCH_CHECK(logits.defined(), function, ": inplace must be false for a second backward");
@@ -76,11 +76,11 @@ struct InplaceCrossEntropy final : GraphOperation {
     const auto own_settings = std::exchange(settings, CrossEntropySettings());
     const auto own_positions = std::exchange(positions, CrossEntropyPositions());
     if (!holds_gradient) {
-      const at::Tensor of_each = upstream[0].expand({own_settings.targets.size(0)});
+      const at::Tensor of_each = upstream.expand({own_settings.targets.size(0)});
       cross_entropy_rows(gradient, own_settings, own_positions, gradient, of_each, {});
-    } else if (!is_one(host_value(upstream[0]))) {
+    } else if (!is_one(host_value(upstream))) {
       for_each_row_block(gradient, 0, [&](const at::Tensor& block, int64_t) {
-        block.copy_(block.to(upstream[0].scalar_type()).mul_(upstream[0]));
+        block.copy_(block.to(upstream.scalar_type()).mul_(upstream));
       });
     }
     return {gradient};
@@ -89,12 +89,9 @@ struct InplaceCrossEntropy final : GraphOperation {
 
 /// The history of the logits from now on.
 struct OverwrittenHistory final : GraphOperation {
-  Tensors node_forward(Context& context, const Tensors& inputs) override {
-    context.mark_dirty({inputs[0]});
-    return {inputs[0]};
-  }
+  Tensors node_forward(GraphNode& /*node*/, const Tensors& inputs) override { return inputs; }
 
-  Tensors node_backward(Context& /*context*/, const Tensors& /*upstream*/) override {
+  Tensors node_backward(GraphNode& /*node*/, const at::Tensor& /*upstream*/) override {
     TORCH_CHECK(false,
                 "compute_reconstruction_loss: logits were read after inplace had overwritten them with their gradient");
   }
@@ -108,8 +105,8 @@ inline LossAndSums inplace_cross_entropy(const char* function, const at::Tensor&
   check_not_overwritten(function, "token_weight", settings.token_weight, logits);
   check_not_overwritten(function, "weight", settings.class_weight, logits);
   const auto operation = c10::make_intrusive<InplaceCrossEntropy>();
-  const at::Tensor loss = apply_in_graph(operation, logits)[0];
-  apply_in_graph(c10::make_intrusive<OverwrittenHistory>(), logits);  // before the first write: autograd may refuse
+  const at::Tensor loss = apply_in_graph(operation, {logits})[0];
+  rebase_history(c10::make_intrusive<OverwrittenHistory>(), logits);  // before the first write: autograd may refuse
   const at::NoGradGuard no_grad;
   // float16 would underflow before a gradient scaler's factor arrives, which backward knows; on a device nobody sees
   // whether there is such a factor

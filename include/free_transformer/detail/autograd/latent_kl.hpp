@@ -130,8 +130,8 @@ class LatentPass final : public LossPass {
 template <typename FreeBits>
 LossAndSums latent_kl(const at::Tensor& z_logits, const LatentSettings& settings, const Normalization& normalization,
                       bool wants_metrics) {
-  return run(c10::make_intrusive<LatentPass<FreeBits>>(settings, normalization, wants_metrics), z_logits,
-             settings.prior_logits);
+  return run(c10::make_intrusive<LatentPass<FreeBits>>(settings, normalization, wants_metrics),
+             {z_logits, settings.prior_logits});
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

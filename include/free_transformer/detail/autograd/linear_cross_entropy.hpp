@@ -126,7 +126,7 @@ class LinearLossPass final : public LossPass {
 inline LossAndSums linear_cross_entropy(const LinearInputs& inputs, const CrossEntropySettings& settings,
                                         const Normalization& normalization, bool count_hits) {
   return run(c10::make_intrusive<LinearLossPass>(settings, normalization, count_hits, inputs.block_bytes),
-             inputs.hidden, inputs.weight, inputs.bias);
+             {inputs.hidden, inputs.weight, inputs.bias});
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

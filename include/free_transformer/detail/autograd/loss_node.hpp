@@ -23,19 +23,18 @@ class LossPass : public GraphOperation {
   virtual std::vector<at::Tensor*> saved_tensors() = 0;
 
  private:
-  Tensors node_forward(Context& context, const Tensors& inputs) final {
+  Tensors node_forward(GraphNode& node, const Tensors& inputs) final {
     LossAndSums result = forward(inputs, /*needs_gradient=*/true);
     Tensors saved = inputs;
     for (at::Tensor* tensor : saved_tensors()) saved.push_back(std::exchange(*tensor, at::Tensor()));
-    context.save_for_backward(std::move(saved));
-    context.mark_non_differentiable({result.sums});
-    context.set_materialize_grads(false);
+    node.save_for_backward(saved);
+    input_count_ = inputs.size();
     return {std::move(result.loss), std::move(result.sums)};
   }
 
-  Tensors node_backward(Context& context, const Tensors& upstream) final {
-    const auto saved = context.get_saved_variables();
-    const at::Tensor* restored_tensor = saved.data() + GraphNode::input_count;
+  Tensors node_backward(GraphNode& node, const at::Tensor& upstream) final {
+    const auto saved = node.saved_tensors();
+    const at::Tensor* restored_tensor = saved.data() + input_count_;
     struct Restored {  // for this one backward
       ~Restored() {
         for (at::Tensor* tensor : tensors) tensor->reset();
@@ -44,21 +43,20 @@ class LossPass : public GraphOperation {
     };
     const Restored restored{saved_tensors()};
     for (at::Tensor* tensor : restored.tensors) *tensor = *restored_tensor++;
-    if (!upstream[0].defined()) return {};
-    return backward({saved.begin(), saved.begin() + GraphNode::input_count}, upstream[0]);
+    return backward({saved.data(), saved.data() + input_count_}, upstream);
   }
+
+  size_t input_count_ = 0;
 };
 
 /// The pass's loss, with a graph if one of its inputs asks for it.
-inline LossAndSums run(const c10::intrusive_ptr<LossPass>& pass, const at::Tensor& first, const at::Tensor& second = {},
-                       const at::Tensor& third = {}) {
-  const auto needs_gradient = [](const at::Tensor& input) { return input.defined() && input.requires_grad(); };
-  if (at::GradMode::is_enabled() && (needs_gradient(first) || needs_gradient(second) || needs_gradient(third))) {
-    auto results = apply_in_graph(pass, first, second, third);
+inline LossAndSums run(const c10::intrusive_ptr<LossPass>& pass, const LossPass::Tensors& inputs) {
+  if (needs_graph(inputs)) {
+    auto results = apply_in_graph(pass, inputs);
     return {std::move(results[0]), std::move(results[1])};
   }
   const at::NoGradGuard no_grad;
-  return pass->forward({first, second, third}, /*needs_gradient=*/false);
+  return pass->forward(inputs, /*needs_gradient=*/false);
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

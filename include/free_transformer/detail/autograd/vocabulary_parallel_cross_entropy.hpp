@@ -157,13 +157,13 @@ class ShardHeadPass final : public VocabularyParallelPass {
 };
 
 inline LossAndSums run_shard(const at::Tensor& logits, const RankGroup&, const ShardProblem& problem, ShardLoss loss) {
-  return run(c10::make_intrusive<ShardLogitsPass>(problem, std::move(loss)), logits);
+  return run(c10::make_intrusive<ShardLogitsPass>(problem, std::move(loss)), {logits});
 }
 
 template <typename Head>
 LossAndSums run_shard(const Head& head, const RankGroup& ranks, const ShardProblem& problem, ShardLoss loss) {
-  return run(c10::make_intrusive<ShardHeadPass>(problem, std::move(loss), ranks, head.block_bytes()), head.hidden,
-             head.weight, head.bias);
+  return run(c10::make_intrusive<ShardHeadPass>(problem, std::move(loss), ranks, head.block_bytes()),
+             {head.hidden, head.weight, head.bias});
 }
 
 /// `own` as in `ShardCall`.

@@ -77,21 +77,21 @@ inline at::Tensor bernoulli_kl_prior_gradient(const at::Tensor& logits, const at
 /// The KL of each bit for a graph of any order: its gradient is again made of differentiable operations, and smooth at
 /// 0.
 struct DifferentiableKL final : GraphOperation {
-  Tensors node_forward(Context& context, const Tensors& inputs) override {
-    context.save_for_backward({inputs[0], inputs[1]});
+  Tensors node_forward(GraphNode& node, const Tensors& inputs) override {
+    node.save_for_backward({inputs[0], inputs[1]});
     return {bernoulli_kl(inputs[0], inputs[1])};
   }
 
-  Tensors node_backward(Context& context, const Tensors& upstream) override {
-    const auto saved = context.get_saved_variables();
+  Tensors node_backward(GraphNode& node, const at::Tensor& upstream) override {
+    const auto saved = node.saved_tensors();
     at::Tensor prior_gradient;
-    if (saved[1].defined()) prior_gradient = upstream[0] * bernoulli_kl_prior_gradient(saved[0], saved[1]);
-    return {upstream[0] * bernoulli_kl_gradient(saved[0], saved[1]), prior_gradient};
+    if (saved[1].defined()) prior_gradient = upstream * bernoulli_kl_prior_gradient(saved[0], saved[1]);
+    return {upstream * bernoulli_kl_gradient(saved[0], saved[1]), prior_gradient};
   }
 };
 
 inline at::Tensor differentiable_bernoulli_kl(const at::Tensor& logits, const at::Tensor& prior_logits) {
-  return apply_in_graph(c10::make_intrusive<DifferentiableKL>(), logits, prior_logits)[0];
+  return apply_in_graph(c10::make_intrusive<DifferentiableKL>(), {logits, prior_logits})[0];
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain
