@@ -16,6 +16,16 @@
 #endif
 #endif
 
+// Between these are functions that call LibTorch and compute nothing themselves. Inlining LibTorch's small functions into
+// them would cost clang two of the six seconds that a loss takes to compile.
+#if defined(__clang__) && defined(__OPTIMIZE__)
+#define FREE_TRANSFORMER_SMALL_CODE_BEGIN _Pragma("clang attribute push(__attribute__((minsize)), apply_to = function)")
+#define FREE_TRANSFORMER_SMALL_CODE_END _Pragma("clang attribute pop")
+#else
+#define FREE_TRANSFORMER_SMALL_CODE_BEGIN
+#define FREE_TRANSFORMER_SMALL_CODE_END
+#endif
+
 // This header is made by a build of LibTorch with CUDA alone; beside another LibTorch nothing of the device kernels is
 // compiled. Whether there is a device, and what compiles for it, is found when the program runs.
 #if !defined(FREE_TRANSFORMER_DEVICE_KERNELS)

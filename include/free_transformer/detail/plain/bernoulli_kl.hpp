@@ -10,6 +10,7 @@
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/plain/elementwise.hpp"
 
+FREE_TRANSFORMER_SMALL_CODE_BEGIN
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
 /// -|x| with the derivative of one side at 0, where that of at::abs is 0: smooth functions made of it keep all of
@@ -95,3 +96,4 @@ inline at::Tensor differentiable_bernoulli_kl(const at::Tensor& logits, const at
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain
+FREE_TRANSFORMER_SMALL_CODE_END

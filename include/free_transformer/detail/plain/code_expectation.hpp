@@ -18,6 +18,7 @@
 #include "free_transformer/detail/plain/bernoulli_kl.hpp"
 #include "free_transformer/detail/plain/row_blocks.hpp"
 
+FREE_TRANSFORMER_SMALL_CODE_BEGIN
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
 /// Probabilities of bits being 1, and of their being 0 with all digits where 1 - p would have none: [n, bits] each.
@@ -93,3 +94,4 @@ inline at::Tensor code_expectation_gradient(const at::Tensor& z_logits, const at
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain
+FREE_TRANSFORMER_SMALL_CODE_END

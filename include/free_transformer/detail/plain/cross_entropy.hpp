@@ -17,6 +17,7 @@
 #include "free_transformer/detail/positions.hpp"
 #include "free_transformer/detail/settings.hpp"
 
+FREE_TRANSFORMER_SMALL_CODE_BEGIN
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
 /// Values, or rows of them, with 0 where a position is left out: a product with 0 would let a NaN through.
@@ -389,3 +390,4 @@ inline at::Tensor differentiable_cross_entropy_gradient(const at::Tensor& logits
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain
+FREE_TRANSFORMER_SMALL_CODE_END

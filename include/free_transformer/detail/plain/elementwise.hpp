@@ -5,6 +5,7 @@
 
 #include "free_transformer/detail/compilation.hpp"
 
+FREE_TRANSFORMER_SMALL_CODE_BEGIN
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
 /// |x|, not to be differentiated.
@@ -15,3 +16,4 @@ inline at::Tensor choose(const at::Tensor& condition, const at::Tensor& yes, con
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain
+FREE_TRANSFORMER_SMALL_CODE_END

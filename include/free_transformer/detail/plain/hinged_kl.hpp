@@ -16,6 +16,7 @@
 #include "free_transformer/detail/plain/row_blocks.hpp"
 #include "free_transformer/detail/settings.hpp"
 
+FREE_TRANSFORMER_SMALL_CODE_BEGIN
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
 /// All positions are one block here.
@@ -195,3 +196,4 @@ inline LatentRows latent_rows_in_few_operations(kernels::Hinge hinge, const at::
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain
+FREE_TRANSFORMER_SMALL_CODE_END

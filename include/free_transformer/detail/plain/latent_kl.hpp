@@ -15,6 +15,7 @@
 #include "free_transformer/detail/plain/row_blocks.hpp"
 #include "free_transformer/detail/settings.hpp"
 
+FREE_TRANSFORMER_SMALL_CODE_BEGIN
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
 /// The weight of each position, [N] in the widest type, and where it is 0; undefined without weights.
@@ -203,3 +204,4 @@ at::Tensor differentiable_latent_loss(const at::Tensor& z_logits, const LatentSe
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain
+FREE_TRANSFORMER_SMALL_CODE_END

@@ -8,6 +8,7 @@
 
 #include "free_transformer/detail/compilation.hpp"
 
+FREE_TRANSFORMER_SMALL_CODE_BEGIN
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 /// Elements of one block: small enough for a core's cache on the CPU, large enough to fill any other device.
@@ -71,3 +72,4 @@ inline at::Tensor ordered_sum(at::Tensor values, at::ScalarType type) {
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL
+FREE_TRANSFORMER_SMALL_CODE_END

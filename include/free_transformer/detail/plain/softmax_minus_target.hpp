@@ -9,6 +9,7 @@
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/settings.hpp"
 
+FREE_TRANSFORMER_SMALL_CODE_BEGIN
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain {
 
 /// True if a position's loss is its weight times its negative log-likelihood.
@@ -65,3 +66,4 @@ inline void finish_gradient(const at::Tensor& rows, const CrossEntropyPositions&
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL::plain
+FREE_TRANSFORMER_SMALL_CODE_END
