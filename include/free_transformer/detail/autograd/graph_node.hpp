@@ -72,13 +72,14 @@ class GraphNode final : public torch::autograd::Node {
   bool is_released_ = false;
 };
 
-/// A shared pointer, which the newest LibTorch has made an intrusive one.
+/// A shared pointer, which the newest LibTorch has made an intrusive one: it no longer has the function deleteNode, which
+/// lets go of a deep graph without recursion.
 using NodePointer = decltype(torch::autograd::Edge::function);
 
 template <typename Pointer = NodePointer>
 Pointer make_graph_node(const c10::intrusive_ptr<GraphOperation>& operation) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return Pointer(new GraphNode(operation), torch::autograd::deleteNode);
+    return Pointer(new GraphNode(operation), [](auto* node) { deleteNode(node); });
   } else {
     return c10::make_intrusive<GraphNode>(operation);
   }
