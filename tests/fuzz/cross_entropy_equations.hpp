@@ -19,9 +19,9 @@ struct Softmax {
   at::Tensor logits;        ///< [N, V], capped
   at::Tensor logits_error;  ///< [N, 1]
   at::Tensor cap_slope, cap_slope_error;
-  Expected surprise;        ///< [N, V], lse - x
-  Expected probability;     ///< [N, V]
-  Expected log_sum_exp;     ///< [N]
+  Expected surprise;     ///< [N, V], lse - x
+  Expected probability;  ///< [N, V]
+  Expected log_sum_exp;  ///< [N]
 };
 
 /// d tanh(x/c) c = 4 e/(1+e)², e = exp(-2|x|/c), whose relative error is that of its exponent.
@@ -39,7 +39,7 @@ inline void cap(Softmax& of, const at::Tensor& logits, double softcap, double st
 
 /// logits [N, V] and how far off those of the library may be, [N, 1].
 inline Softmax softmax(const at::Tensor& logits, const at::Tensor& logits_error, double softcap, at::ScalarType type) {
-  const double step = arithmetic_step(type), smallest_exp = smallest(arithmetic(type));
+  const double step = arithmetic_step(type), smallest_exp = 2 * smallest(arithmetic(type));
   Softmax of;
   const at::Tensor is_missing = logits.isnan().any(-1, /*keepdim=*/true);
   of.logits_error = logits_error;
@@ -52,19 +52,25 @@ inline Softmax softmax(const at::Tensor& logits, const at::Tensor& logits_error,
   maximum = maximum.masked_fill(is_unsound, 0);
 
   const at::Tensor distance = maximum - of.logits;
-  at::Tensor exponential = (-distance).exp();
+  const at::Tensor exponential = (-distance).exp();
   const at::Tensor pivot = of.logits.argmax(-1, /*keepdim=*/true);
   const at::Tensor log_sum = exponential.scatter(1, pivot, 0).sum(-1, /*keepdim=*/true).log1p();
-  // exp of a difference that is rounded by half a step of it, as far as exp is not 0
-  const at::Tensor relative = (16 + distance.clamp_max(746)) * step + (2 * of.logits_error).expm1();
+  // exp of a difference that is rounded by half a step of it, as far as exp is not 0; and of logits that are further off,
+  // behind which a probability may soon be any
+  const at::Tensor relative = (16 + distance.clamp_max(746)) * step, is_far_off = of.logits_error > 1;
   const at::Tensor probability = (-distance - log_sum).exp();
-  const at::Tensor of_exponential = probability * relative + smallest_exp;
-  const at::Tensor of_log_sum = of_exponential.scatter(1, pivot, 0).sum(-1, /*keepdim=*/true) + 4 * step * log_sum;
-  of.probability = {probability, of_exponential + probability * (of_log_sum + 16 * step)};
+  const at::Tensor rounding = probability * relative + smallest_exp;
+  const at::Tensor moved = probability * (2 * of.logits_error.clamp_max(1)).expm1();
+  const auto of_others = [&](const at::Tensor& all) { return all.scatter(1, pivot, 0).sum(-1, /*keepdim=*/true); };
+  const at::Tensor of_log_sum =
+      of_others(rounding) + 4 * step * log_sum + at::where(is_far_off, 2 * of.logits_error, of_others(moved));
+  const at::Tensor of_probability = rounding + moved + probability * (of_log_sum + 16 * step);
+  of.probability = {probability, at::where(is_far_off, at::ones_like(probability), of_probability)};
   const at::Tensor finite_distance = distance.masked_fill(distance == infinity, 0);
   of.surprise = {distance + log_sum, 4 * step * (finite_distance + log_sum) + of_log_sum + 2 * of.logits_error};
-  of.log_sum_exp = Expected(maximum + log_sum, of_log_sum + step * (16 + 4 * (maximum.abs() + log_sum)) + of.logits_error)
-                       .reshape({-1});
+  of.log_sum_exp =
+      Expected(maximum + log_sum, of_log_sum + step * (16 + 4 * (maximum.abs() + log_sum)) + of.logits_error)
+          .reshape({-1});
   return of;
 }
 
@@ -75,7 +81,8 @@ struct CrossEntropyTerms {
 };
 
 /// targets [N] int64, or [N, V] class probabilities.
-inline CrossEntropyTerms cross_entropy_terms(const at::Tensor& logits, const at::Tensor& logits_error, const at::Tensor& targets,
+inline CrossEntropyTerms cross_entropy_terms(const at::Tensor& logits, const at::Tensor& logits_error,
+                                             const at::Tensor& targets,
                                              const free_transformer::ReconstructionLossOptions& options,
                                              at::ScalarType type) {
   const double step = arithmetic_step(type), smoothing = options.label_smoothing();
@@ -86,7 +93,8 @@ inline CrossEntropyTerms cross_entropy_terms(const at::Tensor& logits, const at:
   const at::Tensor is_target =
       has_probabilities ? at::zeros_like(logits, at::kBool) : targets.unsqueeze(1) == at::arange(classes);
   const at::Tensor q = has_probabilities ? targets.to(at::kDouble) : is_target.to(at::kDouble);
-  const at::Tensor weight = options.weight().defined() ? options.weight().to(at::kDouble) : at::ones({classes}, at::kDouble);
+  const at::Tensor weight =
+      options.weight().defined() ? options.weight().to(at::kDouble) : at::ones({classes}, at::kDouble);
   const at::Tensor share = weight * ((1 - smoothing) * q + smoothing / static_cast<double>(classes));
   const at::Tensor total = share.sum(-1, /*keepdim=*/true);
   const bool has_parts = has_probabilities || smoothing > 0 || options.z_loss() > 0 || options.softcap() > 0 ||
@@ -97,10 +105,13 @@ inline CrossEntropyTerms cross_entropy_terms(const at::Tensor& logits, const at:
   if (has_parts) of.likelihood.tolerance = of.likelihood.tolerance + 16 * step * total.squeeze(-1);
   const auto& lse = of.softmax.log_sum_exp;
   const double z = options.z_loss();
-  of.z = {z * lse.value.square(), z * (2 * lse.value.abs() + lse.tolerance) * lse.tolerance + 4 * step * z * lse.value.square()};
+  of.z = {z * lse.value.square(),
+          z * (2 * lse.value.abs() + lse.tolerance) * lse.tolerance + 4 * step * z * lse.value.square()};
 
   const auto& p = of.softmax.probability;
-  const auto of_target = [&](const at::Tensor& others) { return (others.masked_fill(is_target, 0).sum(-1, /*keepdim=*/true) * share); };
+  const auto of_target = [&](const at::Tensor& others) {
+    return (others.masked_fill(is_target, 0).sum(-1, /*keepdim=*/true) * share);
+  };
   const at::Tensor parts = total * p.value + share;
   at::Tensor gradient = total * p.value - share, tolerance = total * p.tolerance;
   gradient = at::where(is_target, (total - share) * p.value - of_target(p.value), gradient);
@@ -109,7 +120,9 @@ inline CrossEntropyTerms cross_entropy_terms(const at::Tensor& logits, const at:
   of.likelihood_gradient = {gradient, tolerance};
   const auto column = [](const at::Tensor& values) { return values.unsqueeze(1); };
   of.z_gradient = {2 * z * column(lse.value) * p.value,
-                   2 * z * (column(lse.value.abs()) * (p.tolerance + 8 * step * p.value) + column(lse.tolerance) * (p.value + p.tolerance))};
+                   2 * z *
+                       (column(lse.value.abs()) * (p.tolerance + 8 * step * p.value) +
+                        column(lse.tolerance) * (p.value + p.tolerance))};
   for (Expected* all : {&of.likelihood_gradient, &of.z_gradient}) {
     all->tolerance = all->tolerance * of.softmax.cap_slope + all->value.abs() * of.softmax.cap_slope_error;
     all->value = all->value * of.softmax.cap_slope;

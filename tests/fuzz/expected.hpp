@@ -30,9 +30,9 @@ inline double smallest(at::ScalarType type) {
   return type == at::kDouble ? std::numeric_limits<double>::min() : std::ldexp(1.0, type == at::kHalf ? -14 : -126);
 }
 
-inline double largest(at::ScalarType type) {
-  return type == at::kDouble ? std::numeric_limits<double>::max() : type == at::kHalf ? 65504 : 3.38e38;
-}
+/// Beyond it a number may be infinite: the type's largest, or what overflows float32 on the way, before a weight or a scale below
+/// 1 has come.
+inline double largest(at::ScalarType type) { return type == at::kHalf ? 65504 : std::ldexp(1.0, 120); }
 
 /// What one rounding in the arithmetic of a loss may cost, relatively. The equations are computed in float64: beside a loss in
 /// that type their own errors are as large.
@@ -49,7 +49,9 @@ struct Expected {
   Expected(at::Tensor value_, at::Tensor tolerance_, at::Tensor is_known_)
       : value(std::move(value_)), tolerance(std::move(tolerance_)), is_known(std::move(is_known_)) {}
 
-  Expected times(const at::Tensor& factor) const { return {value * factor, tolerance * factor.abs(), is_known.expand_as(value * factor)}; }
+  Expected times(const at::Tensor& factor) const {
+    return {value * factor, tolerance * factor.abs(), is_known.expand_as(value * factor)};
+  }
   Expected times(double factor) const { return {value * factor, tolerance * std::abs(factor), is_known}; }
   Expected plus(const Expected& other) const {
     return {value + other.value, tolerance + other.tolerance, is_known & other.is_known};
@@ -82,8 +84,8 @@ inline void check(const std::string& what, const at::Tensor& found, const Expect
     fail(what + ": shape " + c10::str(found.sizes()) + " where " + c10::str(expected.value.sizes()) + " is expected");
   }
   const at::Tensor numbers = found.detach().to(at::kDouble), &value = expected.value;
-  const at::Tensor tolerance = expected.tolerance + roundings * (value.abs() * (epsilon(type) / 2) +
-                                                                 growth * smallest(type) * epsilon(type));
+  const at::Tensor tolerance =
+      expected.tolerance + roundings * (value.abs() * (epsilon(type) / 2) + growth * smallest(type) * epsilon(type));
   const at::Tensor is_beyond_type = (value.abs() + tolerance >= largest(type)) & (numbers * value == infinity);
   const at::Tensor is_right = (numbers == value) | ((numbers - value).abs() <= tolerance) |
                               (numbers.isnan() & value.isnan()) | is_beyond_type | expected.is_known.logical_not();

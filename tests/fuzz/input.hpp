@@ -27,7 +27,9 @@ struct Input {
   Shape positions() const { return {layout.sizes.begin(), layout.sizes.end() - 1}; }
 
   /// [N, width] in float64.
-  at::Tensor rows() const { return layout.view(numbers).to(at::kDouble).reshape({c10::multiply_integers(positions()), width()}); }
+  at::Tensor rows() const {
+    return layout.view(numbers).to(at::kDouble).reshape({c10::multiply_integers(positions()), width()});
+  }
 
   /// The same values where no vector kernel takes them.
   Input with_strided_rows() const {
@@ -64,7 +66,8 @@ struct Handed {
   /// The gradient of the leaf from that of the view: where elements overlap they add up, and LibTorch rounds each sum.
   Expected of_leaf(const Expected& of_view) const {
     const auto sum = [&](const at::Tensor& values) {
-      return at::zeros({input.layout.buffer_size}, at::kDouble).index_add(0, input.layout.places(), values.reshape({-1}));
+      return at::zeros({input.layout.buffer_size}, at::kDouble)
+          .index_add(0, input.layout.places(), values.reshape({-1}));
     };
     const at::Tensor terms = sum(at::ones_like(of_view.value));
     const at::Tensor unknown = sum(of_view.is_known.logical_not().to(at::kDouble));
@@ -107,7 +110,8 @@ struct Gradients {
 
 /// What the loss is multiplied by on the way back: one factor, or one for each position.
 struct Upstream {
-  explicit Upstream(Choices& choices) : factors(choices.one_of<std::vector<double>>({{1}, {0.5}, {-2}, {1, -2, 0.5, 0}})) {}
+  explicit Upstream(Choices& choices)
+      : factors(choices.one_of<std::vector<double>>({{1}, {0.5}, {-2}, {1, -2, 0.5, 0}})) {}
 
   /// [N]
   at::Tensor of_positions(int64_t count, bool is_unreduced) const {

@@ -101,7 +101,8 @@ inline void fuzz_kl_divergence(Choices& choices) {
     }
     if (loss.scalar_type() != arithmetic(input.type())) fail("type of the loss");
     check("loss", loss, reduced(expected.losses, options.reduction(), positions), 2);
-    const at::Tensor factors = upstream.of_positions(expected.losses.value.numel(), is_none(options.reduction())).unsqueeze(1);
+    const at::Tensor factors =
+        upstream.of_positions(expected.losses.value.numel(), is_none(options.reduction())).unsqueeze(1);
     Gradients gradients;
     gradients.add("z_logits", z_logits, expected.gradient.times(factors));
     if (prior.defined()) add_prior(gradients, prior, expected.prior_gradient.times(factors));

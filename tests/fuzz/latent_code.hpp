@@ -66,10 +66,12 @@ inline void fuzz_log_probability(Choices& choices) {
   const Memory memory({z_logits.tensor, z_logits.leaf, bits});
   at::Tensor log_probability, straight_through;
   const auto refusal = choices.has_gone_wrong() ? Refusal::possible : Refusal::wrong;  // z_logits [H] stand for all
-  if (is_refused(refusal, memory, [&] {
-        log_probability = free_transformer::compute_latent_log_probability(z_logits.tensor, bits);
-        straight_through = free_transformer::straight_through_latent_bits(z_logits.tensor, bits);
-      }) || choices.has_gone_wrong()) {
+  if (is_refused(refusal, memory,
+                 [&] {
+                   log_probability = free_transformer::compute_latent_log_probability(z_logits.tensor, bits);
+                   straight_through = free_transformer::straight_through_latent_bits(z_logits.tensor, bits);
+                 }) ||
+      choices.has_gone_wrong()) {
     return;
   }
   const at::Tensor z = input.rows(), is_one = bits.reshape(z.sizes()), signed_z = at::where(is_one, z, -z);
@@ -77,12 +79,15 @@ inline void fuzz_log_probability(Choices& choices) {
   // log sigmoid(x) = min(x, 0) - log(1 + exp(-|x|))
   const at::Tensor terms = signed_z.clamp_max(0) - (-z.abs()).exp().log1p();
   const at::Tensor size = terms.nan_to_num(0, 0, 0).abs();
-  check("log probability", log_probability, Expected(terms.sum(-1), (20 * step * size + smallest(at::kFloat)).sum(-1)).reshape(positions));
-  check("straight-through bits", straight_through, Expected(at::where(z.isnan(), z, is_one.to(at::kDouble))).reshape(bits.sizes()));
+  check("log probability", log_probability,
+        Expected(terms.sum(-1), (20 * step * size + smallest(at::kFloat)).sum(-1)).reshape(positions));
+  check("straight-through bits", straight_through,
+        Expected(at::where(z.isnan(), z, is_one.to(at::kDouble))).reshape(bits.sizes()));
   const at::Tensor away = (-signed_z).sigmoid(), slope = z.sigmoid() * (-z).sigmoid();
   Gradients gradients;
-  gradients.add("z_logits (log probability)", z_logits,
-                {at::where(is_one, away, -away), 16 * step * away + 90 * smallest(at::kFloat), z.isnan().logical_not()});
+  gradients.add(
+      "z_logits (log probability)", z_logits,
+      {at::where(is_one, away, -away), 16 * step * away + 90 * smallest(at::kFloat), z.isnan().logical_not()});
   gradients.check_those_of(log_probability, at::ones_like(log_probability), 1);
   gradients = {};
   gradients.add("z_logits (straight through)", z_logits,
@@ -96,7 +101,8 @@ inline void fuzz_binary_mapper(Choices& choices) {
   const int64_t latent_dim = 1 + choices.below(6), count = int64_t{1} << latent_dim, width = 1 + choices.below(5);
   const Input input = some_input(choices, positions, latent_dim);
   Input book = some_input(choices, {choices.goes_wrong() ? count - 1 : count}, width);
-  if ((book.type() == at::kDouble) != (input.type() == at::kDouble) && !choices.goes_wrong()) book.numbers = book.numbers.to(input.type());
+  if ((book.type() == at::kDouble) != (input.type() == at::kDouble) && !choices.goes_wrong())
+    book.numbers = book.numbers.to(input.type());
   const at::Tensor codes = some_class_indices(choices, positions, count, /*ignore_index=*/0);
   const Handed z_logits(input), codebook(book);
   const Memory memory({z_logits.tensor, z_logits.leaf, codebook.tensor, codebook.leaf, codes});
@@ -107,7 +113,8 @@ inline void fuzz_binary_mapper(Choices& choices) {
   }
   const at::Tensor z = input.rows(), values = book.rows(), index = codes.to(at::kLong).reshape({-1});
   check("rows", rows, Expected(values.index_select(0, index)).reshape(with_last(positions, width)), 0);
-  const at::Tensor is_one = at::arange(count).unsqueeze(1).bitwise_right_shift(at::arange(latent_dim)).bitwise_and(1) == 1;
+  const at::Tensor is_one =
+      at::arange(count).unsqueeze(1).bitwise_right_shift(at::arange(latent_dim)).bitwise_and(1) == 1;
   const at::Tensor p = z.sigmoid().unsqueeze(1), q = (-z).sigmoid().unsqueeze(1);  // [N, 1, H]
   const at::Tensor probability = at::where(is_one, p, q).prod(-1);                 // [N, 2^H]
   const at::Tensor away = at::where(is_one, q, -p);
@@ -115,10 +122,12 @@ inline void fuzz_binary_mapper(Choices& choices) {
   const at::Tensor of_codes = values.sum(-1), size = values.abs().sum(-1);
   const at::Tensor gradient = ((of_codes * probability).unsqueeze(-1) * away).sum(1);
   const at::Tensor magnitude = ((size * probability).unsqueeze(-1) * away.abs()).sum(1);
-  const at::Tensor is_known = (z.isfinite() & values.isfinite().all() & (size.sum() < 1e37)).all(-1, /*keepdim=*/true).expand_as(z);
+  const at::Tensor is_known =
+      (z.isfinite() & values.isfinite().all() & (size.sum() < 1e37)).all(-1, /*keepdim=*/true).expand_as(z);
   const double steps = static_cast<double>(64 + width + count) * step;
   Gradients gradients;
-  gradients.add("z_logits", z_logits, {gradient, steps * (magnitude + size.sum() * smallest(arithmetic(input.type()))), is_known});
+  gradients.add("z_logits", z_logits,
+                {gradient, steps * magnitude + 4 * size.sum() * smallest(arithmetic(input.type())), is_known});
   gradients.add("codebook", codebook,
                 Expected(at::zeros_like(values).index_add(0, index, at::ones({index.numel(), width}, at::kDouble))));
   gradients.check_those_of(rows, at::ones_like(rows), 1);
@@ -127,10 +136,14 @@ inline void fuzz_binary_mapper(Choices& choices) {
 
 inline void fuzz_latent_code(Choices& choices) {
   switch (choices.below(4)) {
-    case 0: return fuzz_binary_mapper(choices);
-    case 1: return fuzz_log_probability(choices);
-    case 2: return fuzz_codes(choices);
-    default: return fuzz_samples(choices);
+    case 0:
+      return fuzz_binary_mapper(choices);
+    case 1:
+      return fuzz_log_probability(choices);
+    case 2:
+      return fuzz_codes(choices);
+    default:
+      return fuzz_samples(choices);
   }
 }
 

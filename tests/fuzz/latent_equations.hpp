@@ -77,7 +77,8 @@ struct LatentTerms {
 };
 
 /// weight: [N], that of each position in the mean of a batch.
-inline LatentTerms latent_terms(const BitKL& bits, const at::Tensor& weight, double budget, Policy policy, at::ScalarType type) {
+inline LatentTerms latent_terms(const BitKL& bits, const at::Tensor& weight, double budget, Policy policy,
+                                at::ScalarType type) {
   const double step = arithmetic_step(type);
   const Expected of_positions = bits.value.sum(/*of_rows=*/true);
   LatentTerms of{{}, bits.gradient, bits.prior_gradient};
@@ -94,7 +95,8 @@ inline LatentTerms latent_terms(const BitKL& bits, const at::Tensor& weight, dou
     const Gate of_judged = gate(judged, budget, step);
     of.penalty = through(of_judged, excess(of_positions, budget, step));
     if (policy == Policy::batch_mean) of.penalty = of.penalty.known_where(of_judged.is_known);
-    const at::Tensor is_known = of_judged.is_known & judged.value.isfinite();  // a NaN or infinity reaches all behind its gate
+    const at::Tensor is_known =
+        of_judged.is_known & judged.value.isfinite();  // a NaN or infinity reaches all behind its gate
     gradient_gate = {of_judged.is_open.unsqueeze(-1), is_known.unsqueeze(-1)};
   }
   for (Expected* gradient : {&of.gradient, &of.prior_gradient}) {

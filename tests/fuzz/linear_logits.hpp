@@ -45,13 +45,14 @@ struct ExpectedHead {
   Expected losses, hidden, weight, bias;
 };
 
-/// A sum of n products is off by n steps of the sum of their magnitudes, in whichever order it is made.
-inline Expected product(const Expected& left, const at::Tensor& right, double step) {
-  const at::Tensor magnitude = left.value.abs().matmul(right.abs());
-  const at::Tensor is_known = left.is_known.all(-1, /*keepdim=*/true) & right.isfinite().all();
-  const at::Tensor value = left.value.matmul(right);
+/// A sum of n products is off by n steps of the sum of their magnitudes, in whichever order it is made, and each product may
+/// underflow.
+inline Expected product(const Expected& left, const at::Tensor& right, at::ScalarType type) {
+  const auto terms = static_cast<double>(right.size(0) + 2);
+  const at::Tensor value = left.value.matmul(right), magnitude = left.value.abs().matmul(right.abs());
   const at::Tensor tolerance = left.tolerance.matmul(right.abs()).nan_to_num(infinity);
-  return {value, tolerance + static_cast<double>(right.size(0) + 2) * step * magnitude,
+  const at::Tensor is_known = left.is_known.all(-1, /*keepdim=*/true) & right.isfinite().all();
+  return {value, tolerance + terms * (arithmetic_step(type) * magnitude + smallest(arithmetic(type))),
           is_known.expand_as(value)};
 }
 
@@ -63,7 +64,8 @@ inline ExpectedHead expected_head(const Head& head, const TargetsAndOptions& of,
   const at::Tensor bias = head.has_bias ? head.bias.rows() : at::zeros({1, weight.size(0)}, at::kDouble);
   const at::Tensor logits = hidden.matmul(weight.t()) + bias;
   const at::Tensor magnitude = hidden.abs().matmul(weight.t().abs()) + bias.abs();
-  const at::Tensor error = (static_cast<double>(hidden.size(1) + 2) * step * magnitude).masked_fill(logits.isfinite().logical_not(), 0);
+  const at::Tensor error =
+      (static_cast<double>(hidden.size(1) + 2) * step * magnitude).masked_fill(logits.isfinite().logical_not(), 0);
   auto rows = expected_reconstruction(logits, error.amax(-1, /*keepdim=*/true), of, type);
   const at::Tensor is_in_range = (magnitude < 1e37).logical_or(logits == -infinity).all(-1);  // on its way, too
   rows.losses = rows.losses.known_where(is_in_range | rows.counts.logical_not());
@@ -73,10 +75,10 @@ inline ExpectedHead expected_head(const Head& head, const TargetsAndOptions& of,
   const Expected transposed{g.value.t(), g.tolerance.t(), g.is_known.t()};
   ExpectedHead expected;
   expected.losses = rows.losses;
-  expected.hidden = product(g, weight, step).known_where(weight.isfinite().all());
+  expected.hidden = product(g, weight, type).known_where(weight.isfinite().all());
   expected.hidden = expected.hidden.only(rows.counts.unsqueeze(1));
-  expected.weight = product(transposed, counted, step);
-  expected.bias = product(transposed, at::ones({g.value.size(0), 1}, at::kDouble), step);
+  expected.weight = product(transposed, counted, type);
+  expected.bias = product(transposed, at::ones({g.value.size(0), 1}, at::kDouble), type);
   return expected;
 }
 

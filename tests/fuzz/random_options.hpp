@@ -15,8 +15,8 @@
 
 namespace fuzz {
 
-using free_transformer::Normalizer, free_transformer::Reduction;
 using free_transformer::KLDivergenceOptions, free_transformer::ReconstructionLossOptions;
+using free_transformer::Normalizer, free_transformer::Reduction;
 
 /// Around the widths of vectors and of what the kernels call a stretch.
 inline int64_t some_classes(Choices& choices) {
@@ -69,7 +69,8 @@ inline Shape some_shape(Choices& choices, const Shape& right) {
 
 inline at::Tensor some_token_weight(Choices& choices, const Shape& positions) {
   if (!choices.seldom(3)) return {};
-  if (choices.goes_wrong()) return choices.seldom(2) ? at::ones(positions, at::kLong) : at::ones(positions).requires_grad_();
+  if (choices.goes_wrong())
+    return choices.seldom(2) ? at::ones(positions, at::kLong) : at::ones(positions).requires_grad_();
   return some_weights(choices, some_shape(choices, positions));
 }
 
@@ -89,17 +90,20 @@ inline at::Tensor some_probabilities(Choices& choices, const Shape& sizes) {
 inline at::Tensor some_class_indices(Choices& choices, const Shape& positions, int64_t classes, int64_t ignore_index) {
   const at::Tensor targets = at::empty(some_shape(choices, positions), at::kLong);
   auto* target = targets.data_ptr<int64_t>();
-  const auto type = choices.one_of({at::kLong, at::kInt, at::kShort, at::kByte, at::kChar}, {at::kBool, at::kComplexFloat});
+  const auto type =
+      choices.one_of({at::kLong, at::kInt, at::kShort, at::kByte, at::kChar}, {at::kBool, at::kComplexFloat});
   const auto most = type == at::kByte ? 256 : type == at::kChar ? 128 : 32768;
   const bool holds_ignored = ignore_index < most && (type != at::kByte || ignore_index >= 0);
   const bool ignores_some = choices.seldom(2) && holds_ignored, ignores_all = ignores_some && choices.seldom(4);
   Sequence sequence(choices);
   for (int64_t i = 0; i < targets.numel(); ++i) {
-    target[i] = ignores_all || (ignores_some && sequence.below(4) == 0) ? ignore_index
-                                                                       : sequence.below(std::min<int64_t>(classes, most));
+    target[i] = ignores_all || (ignores_some && sequence.below(4) == 0)
+                    ? ignore_index
+                    : sequence.below(std::min<int64_t>(classes, most));
   }
   if (targets.numel() > 0 && type == at::kLong && choices.goes_wrong()) {
-    target[choices.large() % targets.numel()] = choices.one_of<int64_t>({classes + 1, -7, INT64_MAX, INT64_MIN, -(int64_t{1} << 32)});
+    target[choices.large() % targets.numel()] =
+        choices.one_of<int64_t>({classes + 1, -7, INT64_MAX, INT64_MIN, -(int64_t{1} << 32)});
   }
   const at::Tensor result = targets.to(type);
   return choices.seldom(3) ? at::stack({result, result}, -1).select(-1, 1) : result;

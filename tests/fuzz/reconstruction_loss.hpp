@@ -37,24 +37,28 @@ inline ExpectedReconstruction expected_reconstruction(const at::Tensor& logits, 
   expected.counts = weight > 0;
   const at::Tensor left_out = expected.counts.logical_not().unsqueeze(1);
   if (!has_probabilities) targets = targets.masked_fill(left_out.squeeze(1), 0);
-  const auto terms = cross_entropy_terms(logits.masked_fill(left_out, 0), logits_error.masked_fill(left_out, 0), targets, options, type);
+  const auto terms = cross_entropy_terms(logits.masked_fill(left_out, 0), logits_error.masked_fill(left_out, 0),
+                                         targets, options, type);
 
   at::Tensor likelihood_weight = weight;
   if (!has_probabilities && options.weight().defined()) {
     likelihood_weight = weight * options.weight().to(at::kDouble).index_select(0, targets);
   }
   const double scale = scale_of(options, likelihood_weight, weight), z_scale = scale_of(options, weight, weight);
-  const auto scaled = [&](const Expected& likelihood, const Expected& z, const at::Tensor& factor, const at::Tensor& counts) {
+  const auto scaled = [&](const Expected& likelihood, const Expected& z, const at::Tensor& factor,
+                          const at::Tensor& counts) {
     Expected all = likelihood.times(factor * scale);
     if (options.z_loss() > 0) all = all.plus(z.times(factor * z_scale));
     all.tolerance = all.tolerance + 4 * arithmetic_step(type) * all.value.abs();
     // 0 · ∞, and ∞ times a loss that may have been rounded to 0
     const bool divides_by_0 = scale == infinity || z_scale == infinity;
-    all = all.known_where(all.value.isnan().logical_not() | terms.softmax.is_sound.logical_not().reshape(factor.sizes()));
+    all =
+        all.known_where(all.value.isnan().logical_not() | terms.softmax.is_sound.logical_not().reshape(factor.sizes()));
     return (divides_by_0 ? all.known_where(at::zeros_like(all.value, at::kBool)) : all).only(counts);
   };
   expected.losses = scaled(terms.likelihood, terms.z, weight, expected.counts);
-  expected.gradient = scaled(terms.likelihood_gradient, terms.z_gradient, weight.unsqueeze(1), expected.counts.unsqueeze(1));
+  expected.gradient =
+      scaled(terms.likelihood_gradient, terms.z_gradient, weight.unsqueeze(1), expected.counts.unsqueeze(1));
   return expected;
 }
 
@@ -67,7 +71,8 @@ inline Refusal refusal_of(const Choices& choices, const Input& logits, bool is_i
 /// All tensors that a call reads, with the logits first.
 inline std::vector<at::Tensor> tensors_of(const Handed& logits, const TargetsAndOptions& of) {
   const auto& options = of.options;
-  return {logits.tensor, logits.leaf, of.targets, options.token_weight(), options.weight(), options.normalizer().tensor().value_or(at::Tensor())};
+  return {logits.tensor,          logits.leaf,      of.targets,
+          options.token_weight(), options.weight(), options.normalizer().tensor().value_or(at::Tensor())};
 }
 
 inline void fuzz_reconstruction_loss(Choices& choices) {

@@ -37,8 +37,10 @@ class Memory {
   void allow_writes(const Layout& layout) {
     auto& of = watched_.front();
     const at::Tensor all = at::empty({0}, of.tensor.options()).set_(of.tensor.storage(), 0, {layout.buffer_size}, {1});
-    const at::Tensor before = at::from_blob(of.bytes.data(), {layout.buffer_size}, of.tensor.options().requires_grad(false));
-    layout.view(before).copy_(layout.view(all));
+    const at::Tensor before =
+        at::from_blob(of.bytes.data(), {layout.buffer_size}, of.tensor.options().requires_grad(false));
+    const at::Tensor places = layout.places();
+    before.index_put_({places}, all.index({places}).detach());
   }
 
  private:
@@ -58,9 +60,10 @@ bool is_refused(Refusal refusal, const Memory& memory, const Call& call) {
     call();
   } catch (const c10::Error& error) {
     const std::string what = error.what_without_backtrace();
-    const auto names = {"compute_", "sample_latent_bits", "pack_latent_bits", "unpack_latent_codes", "map_latent_codes",
-                        "straight_through_latent_bits"};
-    const bool is_ours = std::any_of(names.begin(), names.end(), [&](const char* name) { return what.rfind(name, 0) == 0; });
+    const auto names = {"compute_",         "sample_latent_bits",          "pack_latent_bits", "unpack_latent_codes",
+                        "map_latent_codes", "straight_through_latent_bits"};
+    const bool is_ours =
+        std::any_of(names.begin(), names.end(), [&](const char* name) { return what.rfind(name, 0) == 0; });
     if (!is_ours || what.find("must") == std::string::npos) fail("an error that is not this library's: " + what);
     if (refusal == Refusal::wrong) fail("refused for no reason: " + what);
     memory.check_untouched("a refusal: " + what);

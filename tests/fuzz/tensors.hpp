@@ -106,12 +106,14 @@ inline at::Tensor some_numbers(Choices& choices, const Shape& sizes, at::ScalarT
   Sequence sequence(choices);
   const at::Tensor numbers = at::empty(sizes, at::kDouble);
   auto* number = numbers.data_ptr<double>();
-  for (int64_t i = 0; i < numbers.numel(); ++i) number[i] = offset + scale * static_cast<double>(sequence.below(128) - 64);
+  for (int64_t i = 0; i < numbers.numel(); ++i)
+    number[i] = offset + scale * static_cast<double>(sequence.below(128) - 64);
   const bool has_limits = choices.seldom(3);
   for (int64_t singles = choices.below(6); singles > 0 && numbers.numel() > 0; --singles) {
     double& single = number[choices.large() % numbers.numel()];
     single = choices.one_of({-0.0, offset, 20.0, -87.5, 104.0, 733.0, -30000.0, 1.0 / 3, 1e-7, -1e-40, 4e-8});
-    if (has_limits) single = choices.one_of({-infinity, infinity, not_a_number, 3e38, -3e38, 65504.0, 1e-310, -infinity});
+    if (has_limits)
+      single = choices.one_of({-infinity, infinity, not_a_number, 3e38, -3e38, 65504.0, 1e-310, -infinity});
   }
   return numbers.to(type);
 }
@@ -122,7 +124,8 @@ inline at::Tensor some_weights(Choices& choices, const Shape& sizes) {
   Sequence sequence(choices);
   const at::Tensor weights = at::empty(sizes, at::kDouble);
   auto* weight = weights.data_ptr<double>();
-  for (int64_t i = 0; i < weights.numel(); ++i) weight[i] = static_cast<double>(sequence.below(is_mask ? 2 : 8)) / (is_mask ? 1 : 2);
+  for (int64_t i = 0; i < weights.numel(); ++i)
+    weight[i] = static_cast<double>(sequence.below(is_mask ? 2 : 8)) / (is_mask ? 1 : 2);
   if (is_mask) return weights.to(at::kBool);
   if (weights.numel() > 0 && choices.goes_wrong()) {
     weight[choices.large() % weights.numel()] = choices.one_of({-1.0, not_a_number, infinity, -infinity});

@@ -32,7 +32,8 @@ inline ExpectedStatistics expected_statistics(const Input& input, TargetsAndOpti
   const double step = arithmetic_step(input.type());
   const at::Tensor possible = (p.value > 0) & surprise.value.isfinite();
   const at::Tensor parts = (p.value * surprise.value).masked_fill(possible.logical_not(), 0);
-  const at::Tensor error = (p.tolerance * (1 + surprise.value) + p.value * surprise.tolerance).masked_fill(possible.logical_not(), 0);
+  const at::Tensor error =
+      (p.tolerance * (1 + surprise.value) + p.value * surprise.tolerance).masked_fill(possible.logical_not(), 0);
   ExpectedStatistics expected;
   const auto known = [&](const Expected& value) { return value.known_where(soft.is_sound).only(loss.counts); };
   expected.loss = loss.losses;
@@ -55,7 +56,8 @@ inline void check_predictions(const at::Tensor& prediction, const at::Tensor& hi
   const at::Tensor is_right = at::where(expected.margin > 0, predicted >= largest - expected.margin, is_first);
   if (!(is_right | judged.logical_not()).all().item<bool>()) fail("prediction");
   if (targets.is_floating_point()) return;
-  if (!(hit.reshape({-1}) == ((flat == targets.to(at::kLong).reshape({-1})) & expected.counts)).all().item<bool>()) fail("hit");
+  if (!(hit.reshape({-1}) == ((flat == targets.to(at::kLong).reshape({-1})) & expected.counts)).all().item<bool>())
+    fail("hit");
 }
 
 inline void fuzz_token_statistics(Choices& choices) {
@@ -65,15 +67,18 @@ inline void fuzz_token_statistics(Choices& choices) {
   const auto of = some_targets_and_options(choices, positions, classes);
   ExpectedStatistics expected;
   const bool is_normalizer_judged = of.options.normalizer().number() || of.options.normalizer().tensor();
-  const auto refusal = !choices.has_gone_wrong() ? Refusal::wrong : is_normalizer_judged ? Refusal::possible : Refusal::required;
+  const auto refusal = !choices.has_gone_wrong() ? Refusal::wrong
+                       : is_normalizer_judged    ? Refusal::possible
+                                                 : Refusal::required;
   if (!choices.has_gone_wrong()) expected = expected_statistics(input, of);
   on_each_path([&](bool is_strided) {
     const Handed logits(is_strided ? input.with_strided_rows() : input);
     const Memory memory(tensors_of(logits, of));
     free_transformer::TokenStatistics statistics;
-    if (is_refused(refusal, memory, [&] {
-          statistics = free_transformer::compute_token_statistics(logits.tensor, of.targets, of.options);
-        }) || choices.has_gone_wrong()) {
+    if (is_refused(
+            refusal, memory,
+            [&] { statistics = free_transformer::compute_token_statistics(logits.tensor, of.targets, of.options); }) ||
+        choices.has_gone_wrong()) {
       return;
     }
     check("loss", statistics.loss, expected.loss.reshape(positions), 2);

@@ -67,9 +67,11 @@ inline void fuzz_vae_loss(Choices& choices) {
   Expected total;
   if (!choices.has_gone_wrong()) {
     const at::Tensor logits = call.logits.rows();
-    of_tokens = expected_reconstruction(logits, at::zeros({logits.size(0), 1}, at::kDouble), call.tokens, call.logits.type());
-    of_latents = expected_kl(call.z_logits.rows(), call.options.kl(), call.policy,
-                             call.options.mask_ignored_latents() ? of_tokens.counts : at::Tensor(), call.z_logits.type());
+    of_tokens =
+        expected_reconstruction(logits, at::zeros({logits.size(0), 1}, at::kDouble), call.tokens, call.logits.type());
+    of_latents =
+        expected_kl(call.z_logits.rows(), call.options.kl(), call.policy,
+                    call.options.mask_ignored_latents() ? of_tokens.counts : at::Tensor(), call.z_logits.type());
     const Expected likelihood = reduced(of_tokens.losses, call.reduction(), call.logits.positions());
     const Expected kl = reduced(of_latents.losses, call.reduction(), call.logits.positions()).times(beta);
     total = likelihood.plus(kl);
@@ -88,7 +90,8 @@ inline void fuzz_vae_loss(Choices& choices) {
     free_transformer::VAELossOutput output;
     if (is_refused(refusal_of(choices, call.logits, call.tokens.options.inplace()), memory, [&] {
           output = with_policy(call.policy, [&](auto free_bits) {
-            return free_transformer::compute_vae_loss<decltype(free_bits)>(logits.tensor, call.tokens.targets, z_logits.tensor, options);
+            return free_transformer::compute_vae_loss<decltype(free_bits)>(logits.tensor, call.tokens.targets,
+                                                                           z_logits.tensor, options);
           });
         })) {
       return;
@@ -99,7 +102,8 @@ inline void fuzz_vae_loss(Choices& choices) {
     check_total(output.metrics, output.loss, call);
     const bool is_unreduced = is_none(call.reduction());
     const at::Tensor factors = upstream.of_positions(of_tokens.losses.value.numel(), is_unreduced).unsqueeze(1);
-    const at::Tensor z_factors = beta * upstream.of_positions(of_latents.losses.value.numel(), is_unreduced).unsqueeze(1);
+    const at::Tensor z_factors =
+        beta * upstream.of_positions(of_latents.losses.value.numel(), is_unreduced).unsqueeze(1);
     Gradients gradients;
     gradients.add("logits", logits, of_tokens.gradient.times(factors));
     gradients.add("z_logits", z_logits, of_latents.gradient.times(z_factors));
