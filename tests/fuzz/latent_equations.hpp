@@ -44,7 +44,9 @@ inline BitKL kl_from_prior(const at::Tensor& l, const at::Tensor& r, at::ScalarT
   const at::Tensor slope = ((a - b) * sigmoid * (-a).sigmoid()).masked_fill(is_sure, 0);
   const at::Tensor prior_slope = r.sigmoid() - l.sigmoid();
   const at::Tensor is_known = prior_is_sure.logical_not();
-  return {{kl, (4 * step + 1e-10) * kl + 2e-16 * size},
+  // beside a sure prior a logit that leaves the other bit a probability of 0 in float64 may be as sure
+  const at::Tensor is_doubtful = prior_is_sure & is_sure.logical_not() & (l * r > 0) & (l.abs() > 700);
+  return {{kl, (4 * step + 1e-10) * kl + 1e-15 * size, is_doubtful.logical_not()},
           {slope, (4 * step + 1e-12 * size) * slope.abs() + 1e-300, is_known},
           {prior_slope, 4 * step * prior_slope.abs() + 1e-15, is_known}};
 }
