@@ -209,6 +209,12 @@ TEST_CASE("A sure bit has no KL from a prior that is as sure, and an infinite on
   CHECK(difference(kl, {0, 0, inf, inf, std::log(2.0), std::log(2.0), inf, inf}, epsilon(torch::kDouble)) == "");
 }
 
+TEST_CASE("A KL that float32 cannot hold is infinite", "[kl][options]") {
+  const Tensor z = torch::zeros({1, 4}), prior = torch::full({4}, 3e38);
+  const Tensor kl = compute_kl_divergence(z, KLDivergenceOptions().latent_dim(4).free_bits(0).prior_logits(prior));
+  CHECK(kl.item<double>() == INFINITY);
+}
+
 TEST_CASE("Positions of weight 0 have exactly no latent loss and no gradient, whatever their logits",
           "[kl][options][gradient]") {
   const Tensor weight = tensor(std::vector<double>{0.5, 0, 1, 2}, {4});

@@ -301,6 +301,15 @@ TEST_CASE("A target that the mask forbids has an infinite loss", "[reconstructio
   CHECK(difference(gradient(loss, logits), {p, -1.0, 1 - p}, steps * epsilon(torch::kDouble)) == "");
 }
 
+TEST_CASE("A mean that float32 cannot hold is infinite, and its gradient is not", "[reconstruction][gradient]") {
+  for (const auto& reduction : std::vector<Reduction>{torch::kMean, torch::kSum}) {
+    const Tensor logits = leaf(tensor(std::vector<double>{2e38, -2e38}, {1, 2}, torch::kFloat));
+    const Tensor loss = compute_reconstruction_loss(logits, torch::tensor({1}), with(reduction));
+    CHECK(loss.item<double>() == INFINITY);
+    CHECK(values(gradient(loss, logits)) == std::vector<double>{1, -1});
+  }
+}
+
 TEST_CASE("A row in which every class is forbidden, or one is infinite, is NaN", "[reconstruction]") {
   const Tensor logits = tensor(std::vector<double>{-reference::inf, -reference::inf, reference::inf, 0}, {2, 2});
   const Tensor losses = compute_reconstruction_loss(logits, torch::tensor({0, 0}), with(torch::kNone));

@@ -7,6 +7,7 @@
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/device/door.hpp"
 #include "free_transformer/detail/kernels/cross_entropy.hpp"
+#include "free_transformer/detail/normalization.hpp"
 #include "free_transformer/detail/plain/cross_entropy.hpp"
 #include "free_transformer/detail/positions.hpp"
 #include "free_transformer/detail/settings.hpp"
@@ -79,7 +80,7 @@ inline at::Tensor reduced_loss(const at::Tensor& sums, const at::Tensor& scales,
   }
   const double *sum = sums.data_ptr<double>(), *scale = scales.data_ptr<double>();
   const double loss = sum[likelihood_loss_sum] * scale[scale_of_likelihood] + sum[z_loss_sum] * scale[scale_of_z];
-  return at::scalar_tensor(loss, sums.options().dtype(type));
+  return scalar_of_host(loss, sums.options(), type);
 }
 
 /// The loss that is made of the rows.

@@ -43,8 +43,7 @@ inline at::Tensor reduced_loss(const LatentRows& rows, at::ScalarType type) {
     at::Tensor loss = at::empty({}, rows.sums.options().dtype(type));
     return at::mul_out(loss, rows.sums[penalty_sum], rows.scale);
   }
-  return at::scalar_tensor(rows.sums.data_ptr<double>()[penalty_sum] * host_value(rows.scale),
-                           rows.sums.options().dtype(type));
+  return scalar_of_host(rows.sums.data_ptr<double>()[penalty_sum] * host_value(rows.scale), rows.sums.options(), type);
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

@@ -3,6 +3,9 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
+#include <limits>
+
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/numbers.hpp"
 #include "free_transformer/detail/settings.hpp"
@@ -13,6 +16,15 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 inline double host_value(const at::Tensor& scalar) {
   return scalar.scalar_type() == at::kDouble ? *scalar.data_ptr<double>()
                                              : static_cast<double>(*scalar.data_ptr<float>());
+}
+
+/// A number that the host has computed as a 0-dim tensor; infinite where the type cannot hold it, for which LibTorch's own
+/// scalar_tensor throws something that is not a c10::Error.
+inline at::Tensor scalar_of_host(double value, const at::TensorOptions& options, at::ScalarType type) {
+  if (std::abs(value) > std::numeric_limits<float>::max()) {
+    return at::scalar_tensor(value, options.dtype(at::kDouble)).to(type);
+  }
+  return at::scalar_tensor(value, options.dtype(type));
 }
 
 /// True if it is known here that this 0-dim tensor multiplies nothing: a look at another device would stall it.
