@@ -65,7 +65,8 @@ Function positions_of(const Module& module, bool is_scale) {
 
 extern "C" {
 
-long emulated_launches = 0;
+long emulated_launches = 0, emulated_modules = 0;
+int emulated_capture = 0;  // not 0 while a graph is captured
 
 int cuInit(unsigned) { return 0; }
 
@@ -94,6 +95,7 @@ int cuCtxPopCurrent_v2(void**) { return 0; }
 
 int cuModuleLoadData(void** module, const void* binary) {
   const std::lock_guard<std::mutex> lock(mutex);
+  ++emulated_modules;
   modules.push_back({static_cast<const char*>(binary)});
   *module = &modules.back();
   return 0;
@@ -124,7 +126,7 @@ int cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned t
 }
 
 int cuStreamIsCapturing(void*, int* status) {
-  *status = 0;
+  *status = emulated_capture;
   return 0;
 }
 
