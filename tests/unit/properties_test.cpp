@@ -108,6 +108,10 @@ class RandomCase {
 
   double relative(double steps_of_type) const { return steps_of_type * epsilon(type); }
 
+  /// What the hinge takes from a KL, whose rounding stays. On a device that rounding depends on the order: LibTorch's
+  /// operations round an element as it falls into their vectors.
+  double taken_by_hinge() const { return test_device() ? free_bits * static_cast<double>(bits) : 0; }
+
   torch::ScalarType type;
   int64_t positions, classes, bits;
   Tensor logits, targets, z_logits, token_weight, class_weight, prior_logits;
@@ -183,15 +187,15 @@ void check_same(const Outcome& found, const Outcome& expected, double relative, 
 }
 
 template <typename Run>
-void check_split(RandomCase& input, const Run& run) {
+void check_split(RandomCase& input, const Run& run, double also = 0) {
   // ATen's sum over the classes of transposed logits depends on how many rows there are.
   input.logits = input.logits.contiguous();
   const double count = static_cast<double>(input.integer(1, 50)) + 0.5;
   const auto with_tensor = Normalizer(torch::tensor(count, torch::kDouble));
   const Outcome whole = run(input, count);
-  check_same(split(input, [&](const RandomCase& part) { return run(part, count); }), whole, input.relative(sum_steps));
-  check_same(split(input, [&](const RandomCase& part) { return run(part, with_tensor); }), whole,
-             input.relative(sum_steps));
+  const double relative = input.relative(sum_steps);
+  check_same(split(input, [&](const RandomCase& part) { return run(part, count); }), whole, relative, also);
+  check_same(split(input, [&](const RandomCase& part) { return run(part, with_tensor); }), whole, relative, also);
 }
 
 }  // namespace
@@ -207,9 +211,10 @@ TEST_CASE("Micro-batches with a common normalizer add up to the reconstruction l
 TEMPLATE_TEST_CASE("Micro-batches with a common normalizer add up to the latent loss of the whole batch",
                    "[properties]", PerPosition, PerBit) {
   for_random_cases([](RandomCase& input) {
-    check_split(input, [](const RandomCase& part, const Normalizer& normalizer) {
-      return latent_case<TestType>(part, normalizer);
-    });
+    check_split(
+        input,
+        [](const RandomCase& part, const Normalizer& normalizer) { return latent_case<TestType>(part, normalizer); },
+        input.taken_by_hinge());
   });
 }
 
@@ -217,20 +222,20 @@ TEST_CASE("The order of the positions changes nothing", "[properties]") {
   for_random_cases([](RandomCase& input) {
     const Tensor order = input.permutation();
     const RandomCase shuffled = input.at(order);
-    const auto compare = [&](const Outcome& found, Outcome expected) {
+    const auto compare = [&](const Outcome& found, Outcome expected, double also = 0) {
       expected.gradient = expected.gradient.index_select(0, order);
       if (expected.prior_gradient.defined() && expected.prior_gradient.dim() == 2) {
         expected.prior_gradient = expected.prior_gradient.index_select(0, order);
       }
-      check_same(found, expected, input.relative(sum_steps));
+      check_same(found, expected, input.relative(sum_steps), also);
     };
     // Rows are selected into a contiguous tensor: the other side is made contiguous, too.
     RandomCase contiguous = input;
     contiguous.logits = input.logits.contiguous();
     compare(reconstruct_case(shuffled), reconstruct_case(contiguous));
-    compare(latent_case<PerPosition>(shuffled), latent_case<PerPosition>(contiguous));
-    compare(latent_case<PerBit>(shuffled), latent_case<PerBit>(contiguous));
-    compare(latent_case<BatchMean>(shuffled), latent_case<BatchMean>(contiguous));
+    compare(latent_case<PerPosition>(shuffled), latent_case<PerPosition>(contiguous), input.taken_by_hinge());
+    compare(latent_case<PerBit>(shuffled), latent_case<PerBit>(contiguous), input.taken_by_hinge());
+    compare(latent_case<BatchMean>(shuffled), latent_case<BatchMean>(contiguous), input.taken_by_hinge());
   });
 }
 
