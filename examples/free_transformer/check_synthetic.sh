@@ -10,7 +10,8 @@ fail() {
 }
 
 synthetic() {
-  "$program" synthetic --output-folder check_synthetic --seeds 4 2 --lines 200 --width 16 --steps 3 --latents 3 --samples 2 "$@"
+  "$program" synthetic --output-folder check_synthetic --seeds 4 2 --lines 200 --width 16 --steps 3 --annealing 4 \
+    --latents 3 --samples 2 "$@"
 }
 
 rm -rf check_synthetic
@@ -26,6 +27,13 @@ for seed in 4 2; do
         fail "seed $seed, $budget free bits, $file: not two samples of 64"
     done
   done
+done
+
+# The third of three steps is half way from the first budget, 1 bit, to its own, 1/8 bit; 8 bits are above the first and stay.
+for pair in 0.125:0.5625 8:8; do
+  awk -F, -v expected="${pair#*:}" 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == "free_bits") column = i }
+                                    END { exit !(NR == 2 && ($column - expected) ^ 2 < 1e-12) }' \
+    "check_synthetic/seed_4/kappa_${pair%:*}/training_log.csv" || fail "${pair%:*} free bits are not ${pair#*:} in the third step"
 done
 
 # Four rows a seed; agreements and the well-formed are shares, and the KL of the 8 latent bits, each at most 1, adds up.

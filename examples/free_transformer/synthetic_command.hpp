@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include <free_transformer/schedules.hpp>
+
 #include "checkpoint.hpp"
 #include "evaluation.hpp"
 #include "generation.hpp"
@@ -32,6 +34,10 @@ struct SyntheticSettings {
   std::filesystem::path output_folder = "synthetic_output";
   std::vector<uint64_t> seeds{1, 2, 3};
   std::vector<double> free_bits{1.0 / 64.0, 1.0 / 8.0, 1.0, 8.0};
+  // With a small budget from the first step the decoder has learnt to do without Z before Z says anything, and never reads
+  // it. So a smaller budget than this begins here.
+  double first_free_bits = 1.0;
+  int64_t annealing = 2200;
   int64_t lines = 20000;
   int64_t latents = 24;
   int64_t samples = 8;
@@ -41,9 +47,9 @@ struct SyntheticSettings {
     Settings training;
     training.model.width = 64;
     training.model.latent_dim = 8;  // what the largest budget fills
-    training.batch_size = 16;
+    training.batch_size = 8;
     training.optimizer.learning_rate = 6e-3;
-    training.steps = 2500;
+    training.steps = 3500;
     training.minutes = 0.0;
     return training;
   }
@@ -54,6 +60,10 @@ inline void add_synthetic_options(CLI::App& app, SyntheticSettings& settings) {
   app.add_option("--output-folder", settings.output_folder, "Where text, trainings, table and pictures go");
   app.add_option("--seed,--seeds", settings.seeds, "Of text, trainings and samples; everything is done for each");
   app.add_option("--free-bits", settings.free_bits, "Budgets, in bits a character")->check(CLI::PositiveNumber);
+  app.add_option("--first-free-bits", settings.first_free_bits, "Where smaller budgets begin; 0: at their own value")
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--annealing", settings.annealing, "Steps in which they fall to their own value, along a cosine")
+      ->check(CLI::PositiveNumber);
   app.add_option("--lines", settings.lines, "Lines of text, a tenth of them held out")
       ->check(CLI::Range(100, 10000000));
   app.add_option("--latents", settings.latents, "Draws of Z that are compared")->check(CLI::Range(2, 1000));
@@ -124,6 +134,12 @@ inline std::filesystem::path seed_folder(const SyntheticSettings& synthetic, uin
   return synthetic.output_folder / ("seed_" + std::to_string(seed));
 }
 
+/// The budget at each step: it ends at free_bits.
+inline free_transformer::Schedule schedule_of_budget(const SyntheticSettings& synthetic, double free_bits) {
+  if (synthetic.first_free_bits <= free_bits) return free_bits;
+  return free_transformer::Schedule::cosine(synthetic.first_free_bits, free_bits, synthetic.annealing);
+}
+
 inline Settings settings_of_budget(const SyntheticSettings& synthetic, uint64_t seed, double free_bits) {
   Settings settings = synthetic.training;
   const auto folder = seed_folder(synthetic, seed);
@@ -133,7 +149,7 @@ inline Settings settings_of_budget(const SyntheticSettings& synthetic, uint64_t 
   settings.output_folder = folder / budget;
   settings.window_step = SyntheticTask::line;
   settings.model.context = SyntheticTask::context;
-  settings.free_bits = free_bits;
+  settings.free_bits = schedule_of_budget(synthetic, free_bits);
   settings.seed = seed;
   settings.evaluation_batches = 8;
   settings.prompt = std::string{synthetic_letter, '>'};
