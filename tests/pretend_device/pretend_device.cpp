@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #if TORCH_VERSION_MAJOR >= 2
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #endif
 
@@ -125,7 +126,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 };
 
 #if TORCH_VERSION_MAJOR >= 2
-/// Autograd asks these which device is the machine's accelerator, whose streams it orders.
+/// Autograd asks these which device is the machine's accelerator, whose streams it orders, and at::manual_seed for its
+/// generator.
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
@@ -135,6 +137,10 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
+    static const at::Generator generator = at::detail::createCPUGenerator();
+    return generator;
+  }
 };
 #endif
 
