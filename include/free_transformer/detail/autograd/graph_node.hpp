@@ -23,21 +23,25 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 class GraphNode;
 
-/// What a node computes. Undefined inputs stand for those that are not there.
-struct GraphOperation : c10::intrusive_ptr_target {
+/// What a node computes on the way back.
+struct BackwardOperation : c10::intrusive_ptr_target {
   using Tensors = torch::autograd::variable_list;
 
-  /// The first of the results gets the node for its history; the others have none.
-  virtual Tensors node_forward(GraphNode& node, const Tensors& inputs) = 0;
   /// The gradients of the inputs; those at the end may be left out.
   virtual Tensors node_backward(GraphNode& node, const at::Tensor& upstream) = 0;
+};
+
+/// And on the way there. Undefined inputs stand for those that are not there.
+struct GraphOperation : BackwardOperation {
+  /// The first of the results gets the node for its history; the others have none.
+  virtual Tensors node_forward(GraphNode& node, const Tensors& inputs) = 0;
 };
 
 class GraphNode final : public torch::autograd::Node {
  public:
   using Tensors = GraphOperation::Tensors;
 
-  explicit GraphNode(c10::intrusive_ptr<GraphOperation> operation) : operation_(std::move(operation)) {}
+  explicit GraphNode(c10::intrusive_ptr<BackwardOperation> operation) : operation_(std::move(operation)) {}
 
   void save_for_backward(const Tensors& tensors) {
     saved_.clear();
@@ -67,7 +71,7 @@ class GraphNode final : public torch::autograd::Node {
     return gradients;
   }
 
-  c10::intrusive_ptr<GraphOperation> operation_;
+  c10::intrusive_ptr<BackwardOperation> operation_;
   std::vector<torch::autograd::SavedVariable> saved_;
   bool is_released_ = false;
 };
@@ -77,7 +81,7 @@ class GraphNode final : public torch::autograd::Node {
 using NodePointer = decltype(torch::autograd::Edge::function);
 
 template <typename Pointer = NodePointer>
-Pointer make_graph_node(const c10::intrusive_ptr<GraphOperation>& operation) {
+Pointer make_graph_node(const c10::intrusive_ptr<BackwardOperation>& operation) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
     return Pointer(new GraphNode(operation), [](auto* node) { deleteNode(node); });
   } else {
@@ -85,7 +89,7 @@ Pointer make_graph_node(const c10::intrusive_ptr<GraphOperation>& operation) {
   }
 }
 
-inline NodePointer node_on_top_of(const c10::intrusive_ptr<GraphOperation>& operation,
+inline NodePointer node_on_top_of(const c10::intrusive_ptr<BackwardOperation>& operation,
                                   const GraphOperation::Tensors& inputs) {
   NodePointer node = make_graph_node(operation);
   for (const at::Tensor& input : inputs) {
@@ -114,7 +118,7 @@ inline GraphOperation::Tensors apply_in_graph(const c10::intrusive_ptr<GraphOper
 
 /// Autograd sees the tensor as changed in place by the operation, which is its history, and that of what it is a view of,
 /// from now on.
-inline void rebase_history(const c10::intrusive_ptr<GraphOperation>& operation, const at::Tensor& tensor) {
+inline void rebase_history(const c10::intrusive_ptr<BackwardOperation>& operation, const at::Tensor& tensor) {
   const NodePointer node = node_on_top_of(operation, {tensor});
   torch::autograd::impl::bump_version(tensor);
   torch::autograd::impl::rebase_history(tensor, {node, node->add_input_metadata(tensor)});

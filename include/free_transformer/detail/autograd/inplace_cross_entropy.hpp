@@ -88,9 +88,7 @@ struct InplaceCrossEntropy final : GraphOperation {
 };
 
 /// The history of the logits from now on.
-struct OverwrittenHistory final : GraphOperation {
-  Tensors node_forward(GraphNode& /*node*/, const Tensors& inputs) override { return inputs; }
-
+struct OverwrittenHistory final : BackwardOperation {
   Tensors node_backward(GraphNode& /*node*/, const at::Tensor& /*upstream*/) override {
     TORCH_CHECK(false,
                 "compute_reconstruction_loss: logits were read after inplace had overwritten them with their gradient");

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/intrusive_ptr.h>
 
+#include <cstddef>
 #include <utility>
 #include <vector>
 
@@ -28,13 +29,11 @@ class LossPass : public GraphOperation {
     Tensors saved = inputs;
     for (at::Tensor* tensor : saved_tensors()) saved.push_back(std::exchange(*tensor, at::Tensor()));
     node.save_for_backward(saved);
-    input_count_ = inputs.size();
     return {std::move(result.loss), std::move(result.sums)};
   }
 
   Tensors node_backward(GraphNode& node, const at::Tensor& upstream) final {
     const auto saved = node.saved_tensors();
-    const at::Tensor* restored_tensor = saved.data() + input_count_;
     struct Restored {  // for this one backward
       ~Restored() {
         for (at::Tensor* tensor : tensors) tensor->reset();
@@ -42,11 +41,11 @@ class LossPass : public GraphOperation {
       const std::vector<at::Tensor*> tensors;
     };
     const Restored restored{saved_tensors()};
+    const auto end_of_inputs = saved.end() - static_cast<std::ptrdiff_t>(restored.tensors.size());
+    auto restored_tensor = end_of_inputs;
     for (at::Tensor* tensor : restored.tensors) *tensor = *restored_tensor++;
-    return backward({saved.data(), saved.data() + input_count_}, upstream);
+    return backward({saved.begin(), end_of_inputs}, upstream);
   }
-
-  size_t input_count_ = 0;
 };
 
 /// The pass's loss, with a graph if one of its inputs asks for it.
