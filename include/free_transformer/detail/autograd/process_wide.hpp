@@ -4,8 +4,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/function_schema.h>
-#include <ATen/core/ivalue.h>
-#include <ATen/core/jit_type.h>
+#include <torch/csrc/jit/frontend/function_schema_parser.h>
 #include <c10/util/Exception.h>
 
 #include <cstdint>
@@ -32,10 +31,10 @@ template <typename Object>
   if (address == 0) {
     auto made = std::make_unique<Object>();
     const auto own_address = reinterpret_cast<intptr_t>(made.get());
-    const c10::Argument argument("address", c10::IntType::get(), {}, c10::IValue(int64_t{own_address}));
     try {
       static_cast<void>(new c10::RegistrationHandleRAII(
-          c10::Dispatcher::singleton().registerDef(c10::FunctionSchema(name, "", {argument}, {}), name)));
+          c10::Dispatcher::singleton().registerDef(
+              torch::jit::parseSchema(name + "(int address=" + std::to_string(own_address) + ") -> ()"), name)));
       static_cast<void>(made.release());
     } catch (const c10::Error&) {  // another copy was faster
     }
