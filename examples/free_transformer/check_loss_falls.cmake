@@ -1,5 +1,5 @@
 # Runs a short training, and fails unless its loss has clearly fallen: cmake -D PROGRAM=… -P check_loss_falls.cmake
-execute_process(COMMAND ${PROGRAM} --steps 60 --minutes 0 --evaluation-batches 4 --sample-bytes 100 --output-folder loss_falls
+execute_process(COMMAND ${PROGRAM} --steps 40 --minutes 0 --evaluation-batches 4 --sample-bytes 100 --output-folder loss_falls
                 COMMAND_ERROR_IS_FATAL ANY)
 
 file(STRINGS loss_falls/training_log.csv rows)

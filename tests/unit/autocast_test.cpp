@@ -58,7 +58,7 @@ void check_unchanged(const std::function<Tensor()>& loss, const std::vector<Tens
   }
 }
 
-const Tensor targets = indices({4, -100, 2, 0});
+const Tensor autocast_targets = indices({4, -100, 2, 0});
 
 }  // namespace
 
@@ -76,14 +76,14 @@ TEST_CASE("Autocast changes nothing inside a loss", "[autocast][cpu]") {
     const Tensor logits = leaf(eighths({4, 5}, type)), z_logits = leaf(eighths({4, 3}, type));
     check_unchanged(
         [&] {
-          const Tensor loss = compute_vae_loss(logits, targets, z_logits, 3).loss;
+          const Tensor loss = compute_vae_loss(logits, autocast_targets, z_logits, 3).loss;
           CHECK(loss.scalar_type() == arithmetic(type));
           return loss;
         },
         {logits, z_logits});
-    check_unchanged([&] { return compute_reconstruction_loss(logits, targets, all_options); }, {logits});
+    check_unchanged([&] { return compute_reconstruction_loss(logits, autocast_targets, all_options); }, {logits});
     const Tensor strided = leaf(with_strided_rows(logits)), strided_z = leaf(with_strided_rows(z_logits));
-    check_unchanged([&] { return compute_reconstruction_loss(strided, targets, all_options); }, {strided});
+    check_unchanged([&] { return compute_reconstruction_loss(strided, autocast_targets, all_options); }, {strided});
     const Tensor probabilities = eighths({4, 5}).softmax(-1).to(arithmetic(type));
     check_unchanged([&] { return compute_reconstruction_loss(logits, probabilities); }, {logits});
     check_unchanged([&] { return compute_kl_divergence<PerBit>(strided_z, 3); }, {strided_z});
@@ -99,10 +99,10 @@ TEST_CASE("Autocast changes nothing inside a fused head", "[autocast][linear][cp
       auto options = ReconstructionLossOptions();
       if (is_strided) options.softcap(4).label_smoothing(0.25);
       const auto head = LinearLogits(inputs[0], inputs[1], inputs[2]);
-      check_unchanged([&] { return compute_reconstruction_loss(head, targets, options); }, inputs);
-      CHECK(same_bits(compute_token_statistics(head, targets).loss, [&] {
+      check_unchanged([&] { return compute_reconstruction_loss(head, autocast_targets, options); }, inputs);
+      CHECK(same_bits(compute_token_statistics(head, autocast_targets).loss, [&] {
         const Autocast autocast;
-        return compute_token_statistics(head, targets).loss;
+        return compute_token_statistics(head, autocast_targets).loss;
       }()));
     }
   }
@@ -115,7 +115,7 @@ TEST_CASE("A hidden state that autocast has made bfloat16 goes with a head of fl
   {
     const Autocast autocast;
     hidden = torch::linear(input, layer);
-    loss = compute_reconstruction_loss(LinearLogits(hidden, weight, bias), targets);
+    loss = compute_reconstruction_loss(LinearLogits(hidden, weight, bias), autocast_targets);
   }
   REQUIRE(hidden.scalar_type() == torch::kBFloat16);
   CHECK(loss.scalar_type() == torch::kFloat);
@@ -123,7 +123,7 @@ TEST_CASE("A hidden state that autocast has made bfloat16 goes with a head of fl
 
   const std::vector<Tensor> exact{leaf(hidden.to(torch::kDouble)), leaf(weight.to(torch::kDouble)),
                                   leaf(bias.to(torch::kDouble))};
-  const Tensor expected = compute_reconstruction_loss(torch::linear(exact[0], exact[1], exact[2]), targets);
+  const Tensor expected = compute_reconstruction_loss(torch::linear(exact[0], exact[1], exact[2]), autocast_targets);
   const auto expected_gradients = torch::autograd::grad({expected}, exact);
   // Sums of six products of at most 4, of five classes and of three tokens, and about eight steps for each term.
   const double relative = (6 + 5 + 3 + 8) * epsilon(torch::kFloat);

@@ -7,7 +7,7 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-const torch::TensorOptions meta = torch::TensorOptions().device(torch::kMeta);
+const torch::TensorOptions on_meta = torch::TensorOptions().device(torch::kMeta);
 
 /// What the reconstruction loss says, without its name, both alone and as a part of the whole loss.
 std::string reconstruction_error(const Tensor& logits, const Tensor& targets, int64_t ignore_index = -100) {
@@ -60,9 +60,9 @@ TEST_CASE("Targets must be dense indices, one for each position, on the device o
   CHECK(reconstruction_error(logits, torch::zeros({2, 1}, torch::kLong)) == shape + "[2], got [2, 1]");
   CHECK(reconstruction_error(eighths({2, 3, 5}), torch::zeros({3, 2}, torch::kLong)) == shape + "[2, 3], got [3, 2]");
   CHECK(reconstruction_error(eighths({5}), indices({0})) == shape + "[], got [1]");
-  CHECK(reconstruction_error(logits, torch::zeros({2}, meta.dtype(torch::kLong))) ==
+  CHECK(reconstruction_error(logits, torch::zeros({2}, on_meta.dtype(torch::kLong))) ==
         "targets must be on the device of the logits, cpu, got meta");
-  CHECK(reconstruction_error(torch::zeros({2, 5}, meta), indices({0, 1})) ==
+  CHECK(reconstruction_error(torch::zeros({2, 5}, on_meta), indices({0, 1})) ==
         "targets must be on the device of the logits, meta, got cpu");
 }
 
@@ -108,7 +108,7 @@ TEST_CASE("Settings that are negative, infinite or no number are refused", "[err
 
 TEST_CASE("Both terms must be on one device", "[errors][vae][cpu]") {
   CHECK(vae_error({}, 1.0) == "compute_vae_loss: z_logits must be a defined tensor, got an undefined one");
-  CHECK(vae_error(torch::zeros({2, 3}, meta), 1.0) ==
+  CHECK(vae_error(torch::zeros({2, 3}, on_meta), 1.0) ==
         "compute_vae_loss: z_logits must be on the device of the logits, cpu, got meta");
 }
 

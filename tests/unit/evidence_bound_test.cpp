@@ -10,12 +10,13 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-constexpr int64_t tokens = 3, latent_dim = 2, assignments = 64, classes = 4;  // 3 positions of 2 bits: 64 values of Z
+constexpr int64_t tiny_tokens = 3, tiny_latent_dim = 2, tiny_assignments = 64,
+                  tiny_classes = 4;  // 3 positions of 2 bits: 64 values of Z
 
 /// Each value of Z, [64, 3, 2].
 Tensor all_latents() {
-  return unpack_latent_codes(torch::arange(assignments), tokens * latent_dim)
-      .reshape({assignments, tokens, latent_dim});
+  return unpack_latent_codes(torch::arange(tiny_assignments), tiny_tokens * tiny_latent_dim)
+      .reshape({tiny_assignments, tiny_tokens, tiny_latent_dim});
 }
 
 /// A decoder of one sequence x whose evidence can be summed up: log p(x_t | x_<t, z_<=t) for each z given, [n, 3]. Every
@@ -23,9 +24,9 @@ Tensor all_latents() {
 Tensor decode(const Tensor& latents, const Tensor& x) {
   const Tensor z = latents.to(torch::kDouble) * 2 - 1;
   std::vector<Tensor> of_tokens;
-  for (int64_t t = 0; t < tokens; ++t) {
+  for (int64_t t = 0; t < tiny_tokens; ++t) {
     const Tensor seen = z.narrow(1, 0, t + 1).flatten(1);
-    const Tensor logits = seen.matmul(eighths({seen.size(1), classes}, torch::kDouble, 11 + t) / 6);
+    const Tensor logits = seen.matmul(eighths({seen.size(1), tiny_classes}, torch::kDouble, 11 + t) / 6);
     of_tokens.push_back(logits.log_softmax(-1).select(1, x[t].item<int64_t>()));
   }
   return torch::stack(of_tokens, 1);
@@ -33,8 +34,8 @@ Tensor decode(const Tensor& latents, const Tensor& x) {
 
 struct Model {
   Tensor x = indices({2, 0, 3});
-  Tensor z_logits = eighths({tokens, latent_dim}, torch::kDouble, 5) / 4;
-  Tensor prior_logits = eighths({latent_dim}, torch::kDouble, 7) / 8;
+  Tensor z_logits = eighths({tiny_tokens, tiny_latent_dim}, torch::kDouble, 5) / 4;
+  Tensor prior_logits = eighths({tiny_latent_dim}, torch::kDouble, 7) / 8;
   Tensor latents = all_latents();
   Tensor log_likelihood = decode(latents, x);
 
@@ -48,12 +49,12 @@ struct Model {
   /// The importance-weighted bound of every K-tuple of values of Z, [64^K].
   Tensor bounds(int64_t samples) const {
     std::vector<Tensor> of_samples;
-    const auto tuples = static_cast<int64_t>(std::pow(assignments, samples));
-    for (int64_t sample = 0, divisor = 1; sample < samples; ++sample, divisor *= assignments) {
-      of_samples.push_back(torch::arange(tuples).div(divisor, "floor").remainder(assignments));
+    const auto tuples = static_cast<int64_t>(std::pow(tiny_assignments, samples));
+    for (int64_t sample = 0, divisor = 1; sample < samples; ++sample, divisor *= tiny_assignments) {
+      of_samples.push_back(torch::arange(tuples).div(divisor, "floor").remainder(tiny_assignments));
     }
     const Tensor index = torch::stack(of_samples);  // [K, tuples]
-    const Tensor of_tuples = z_logits.expand({tuples, tokens, latent_dim});
+    const Tensor of_tuples = z_logits.expand({tuples, tiny_tokens, tiny_latent_dim});
     return compute_importance_weighted_bound(log_likelihood.index({index}), of_tuples, latents.index({index}),
                                              options())
         .nats;

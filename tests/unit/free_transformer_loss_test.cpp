@@ -17,9 +17,9 @@ struct ModelImpl : torch::nn::Cloneable<ModelImpl> {
   FreeTransformerLoss criterion{nullptr};
 };
 
-const Tensor logits = eighths({3, 5});
-const Tensor targets = numeric::tensor(std::vector<int64_t>{4, -100, 2}, {3});
-const Tensor z_logits = eighths({3, 4});
+const Tensor module_logits = eighths({3, 5});
+const Tensor module_targets = numeric::tensor(std::vector<int64_t>{4, -100, 2}, {3});
+const Tensor module_z_logits = eighths({3, 4});
 
 std::string printed(const FreeTransformerLoss& criterion) {
   std::ostringstream stream;
@@ -44,25 +44,27 @@ free_transformer::ReconstructionResult reconstruct(const ScaledLogits& source, c
 
 TEST_CASE("The module computes what the function does", "[module][cpu]") {
   FreeTransformerLoss criterion(4, 0.5, 0.25, 2);
-  const Tensor expected = compute_vae_loss(logits, targets.clamp_min(0), z_logits, 4, 0.5, 0.25, 2).loss;
-  const auto [loss, metrics] = criterion(logits, targets.clamp_min(0), z_logits);
+  const Tensor expected =
+      compute_vae_loss(module_logits, module_targets.clamp_min(0), module_z_logits, 4, 0.5, 0.25, 2).loss;
+  const auto [loss, metrics] = criterion(module_logits, module_targets.clamp_min(0), module_z_logits);
   CHECK(same_bits(loss, expected));
-  CHECK(same_bits(criterion->forward(logits, targets.clamp_min(0), z_logits).loss, expected));
+  CHECK(same_bits(criterion->forward(module_logits, module_targets.clamp_min(0), module_z_logits).loss, expected));
   CHECK_THAT(metrics.at("loss/total"), Catch::Matchers::WithinRel(expected.item<double>(), 1e-14));
 }
 
 TEST_CASE("The module takes options, another policy and another source of logits", "[module][cpu]") {
   FreeTransformerLoss criterion(VAELossOptions().latent_dim(4).free_bits(0.125));
-  CHECK(same_bits(criterion->forward<PerBit>(logits, targets, z_logits).loss,
-                  compute_vae_loss<PerBit>(logits, targets, z_logits, 4, 1.0, 0.125).loss));
-  CHECK(same_bits(criterion(user::ScaledLogits{logits}, targets, z_logits).loss,
-                  compute_vae_loss(logits * 2, targets, z_logits, 4, 1.0, 0.125).loss));
+  CHECK(same_bits(criterion->forward<PerBit>(module_logits, module_targets, module_z_logits).loss,
+                  compute_vae_loss<PerBit>(module_logits, module_targets, module_z_logits, 4, 1.0, 0.125).loss));
+  CHECK(same_bits(criterion(user::ScaledLogits{module_logits}, module_targets, module_z_logits).loss,
+                  compute_vae_loss(module_logits * 2, module_targets, module_z_logits, 4, 1.0, 0.125).loss));
 }
 
 TEST_CASE("The module's defaults are those of the function", "[module][cpu]") {
   FreeTransformerLoss criterion;
   const Tensor sixteen = eighths({3, 16});
-  CHECK(same_bits(criterion(logits, targets, sixteen).loss, compute_vae_loss(logits, targets, sixteen).loss));
+  CHECK(same_bits(criterion(module_logits, module_targets, sixteen).loss,
+                  compute_vae_loss(module_logits, module_targets, sixteen).loss));
   CHECK(criterion->parameters().empty());
   CHECK(criterion->buffers().empty());
 }
@@ -78,8 +80,8 @@ TEST_CASE("Options changed between calls are used by the next call", "[module][c
   FreeTransformerLoss criterion(4);
   for (const double beta_kl : {0.0, 0.5, 2.0}) {
     criterion->options.beta_kl(beta_kl).free_bits(0.125);
-    CHECK(same_bits(criterion(logits, targets, z_logits).loss,
-                    compute_vae_loss(logits, targets, z_logits, 4, beta_kl, 0.125).loss));
+    CHECK(same_bits(criterion(module_logits, module_targets, module_z_logits).loss,
+                    compute_vae_loss(module_logits, module_targets, module_z_logits, 4, beta_kl, 0.125).loss));
   }
 }
 
@@ -106,7 +108,7 @@ TEST_CASE("The module lives in a model that is cloned, converted and trained", "
   clone->to(torch::kDouble);
   clone->eval();
   CHECK_FALSE(clone->criterion->is_training());
-  const auto [loss, metrics] = clone->criterion(clone->head(eighths({3, 3})), targets, z_logits);
+  const auto [loss, metrics] = clone->criterion(clone->head(eighths({3, 3})), module_targets, module_z_logits);
   CHECK(loss.scalar_type() == torch::kDouble);
   loss.backward();
   CHECK(clone->head->weight.grad().isfinite().all().item<bool>());
@@ -158,11 +160,11 @@ TEST_CASE("The tensors of the options are the module's: a learned prior a parame
   CHECK(criterion->named_buffers().keys() ==
         std::vector<std::string>{"weight", "token_weight", "normalizer", "latent_token_weight", "latent_normalizer"});
   CHECK(FreeTransformerLoss()->named_buffers().is_empty());
-  const Tensor expected = compute_vae_loss(logits, targets, z_logits, options_with_tensors()).loss;
-  CHECK(same_bits(criterion(logits, targets, z_logits).loss, expected));
+  const Tensor expected = compute_vae_loss(module_logits, module_targets, module_z_logits, options_with_tensors()).loss;
+  CHECK(same_bits(criterion(module_logits, module_targets, module_z_logits).loss, expected));
   torch::optim::SGD optimizer(criterion->parameters(), 1.0);
   const Tensor before = criterion->options.kl().prior_logits().detach().clone();
-  criterion(logits, targets, z_logits).loss.backward();
+  criterion(module_logits, module_targets, module_z_logits).loss.backward();
   optimizer.step();
   CHECK_FALSE(same_bits(criterion->options.kl().prior_logits(), before));  // what the loss reads is what learns
 }
@@ -173,16 +175,16 @@ TEST_CASE("A clone has tensors of its own, with the values of the original's", "
   REQUIRE(clone);
   CHECK(clone->parameters().size() == 1);
   CHECK(clone->buffers().size() == 5);
-  const Tensor expected = criterion(logits, targets, z_logits).loss;
-  CHECK(same_bits(clone->forward(logits, targets, z_logits).loss, expected));
+  const Tensor expected = criterion(module_logits, module_targets, module_z_logits).loss;
+  CHECK(same_bits(clone->forward(module_logits, module_targets, module_z_logits).loss, expected));
   {
     const torch::NoGradGuard no_grad;
     criterion->options.kl().prior_logits().fill_(9);
     criterion->options.reconstruction().weight().fill_(9);
   }
-  CHECK(same_bits(clone->forward(logits, targets, z_logits).loss, expected));
+  CHECK(same_bits(clone->forward(module_logits, module_targets, module_z_logits).loss, expected));
   CHECK(clone->options.kl().prior_logits().requires_grad());
-  CHECK_FALSE(same_bits(criterion(logits, targets, z_logits).loss, expected));
+  CHECK_FALSE(same_bits(criterion(module_logits, module_targets, module_z_logits).loss, expected));
 }
 
 TEST_CASE("A module that is moved or converted takes its tensors along, but counts keep their type", "[module][cpu]") {
@@ -191,7 +193,7 @@ TEST_CASE("A module that is moved or converted takes its tensors along, but coun
   CHECK(criterion->options.reconstruction().weight().scalar_type() == torch::kHalf);
   CHECK(criterion->options.kl().prior_logits().scalar_type() == torch::kHalf);
   CHECK(criterion->options.reconstruction().normalizer().tensor()->item<int64_t>() == 70000);
-  CHECK(std::isfinite(criterion(logits, targets, z_logits).loss.item<double>()));
+  CHECK(std::isfinite(criterion(module_logits, module_targets, module_z_logits).loss.item<double>()));
   criterion->to(torch::kCPU, torch::kDouble);
   CHECK(criterion->options.kl().token_weight().scalar_type() == torch::kDouble);
   CHECK(criterion->options.kl().normalizer().tensor()->scalar_type() == torch::kFloat);
@@ -204,8 +206,8 @@ TEST_CASE("Tensors that replace others in the options are used, and then belong 
     criterion->options.reconstruction().token_weight(weight);
     VAELossOptions expected = options_with_tensors();
     expected.reconstruction().token_weight(weight);
-    CHECK(same_bits(criterion(logits, targets, z_logits).loss,
-                    compute_vae_loss(logits, targets, z_logits, expected).loss));
+    CHECK(same_bits(criterion(module_logits, module_targets, module_z_logits).loss,
+                    compute_vae_loss(module_logits, module_targets, module_z_logits, expected).loss));
     const auto clone = std::dynamic_pointer_cast<FreeTransformerLossImpl>(criterion->clone());
     CHECK(same_bits(clone->options.reconstruction().token_weight(), weight));
     CHECK(criterion->buffers().size() == 5);
@@ -214,14 +216,14 @@ TEST_CASE("Tensors that replace others in the options are used, and then belong 
 
 TEST_CASE("AnyModule and Sequential hold the module", "[module][cpu]") {
   FreeTransformerLoss criterion(4);
-  const Tensor expected = criterion(logits, targets, z_logits).loss;
+  const Tensor expected = criterion(module_logits, module_targets, module_z_logits).loss;
   torch::nn::AnyModule any(criterion);
-  CHECK(same_bits(any.forward<VAELossOutput>(logits, targets, z_logits).loss, expected));
+  CHECK(same_bits(any.forward<VAELossOutput>(module_logits, module_targets, module_z_logits).loss, expected));
   torch::nn::Sequential sequential(FreeTransformerLoss(4));
-  CHECK(same_bits(sequential->forward<VAELossOutput>(logits, targets, z_logits).loss, expected));
+  CHECK(same_bits(sequential->forward<VAELossOutput>(module_logits, module_targets, module_z_logits).loss, expected));
   const auto clone = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(sequential->clone());
-  CHECK(same_bits(clone->forward<VAELossOutput>(logits, targets, z_logits).loss, expected));
-  CHECK(error_of([&] { any.forward<VAELossOutput>(1, targets, z_logits); }) != "");
+  CHECK(same_bits(clone->forward<VAELossOutput>(module_logits, module_targets, module_z_logits).loss, expected));
+  CHECK(error_of([&] { any.forward<VAELossOutput>(1, module_targets, module_z_logits); }) != "");
 }
 
 TEST_CASE("A saved module comes back with its tensors", "[module][cpu]") {
@@ -234,5 +236,6 @@ TEST_CASE("A saved module comes back with its tensors", "[module][cpu]") {
   torch::save(criterion, stream);
   torch::load(loaded, stream);
   CHECK(same_bits(loaded->options.kl().prior_logits(), criterion->options.kl().prior_logits()));
-  CHECK(same_bits(loaded(logits, targets, z_logits).loss, criterion(logits, targets, z_logits).loss));
+  CHECK(same_bits(loaded(module_logits, module_targets, module_z_logits).loss,
+                  criterion(module_logits, module_targets, module_z_logits).loss));
 }

@@ -17,7 +17,7 @@ KLDivergenceOptions with(int64_t latent_dim, double free_bits, Reduction reducti
 /// Of a gradient l s/(1+s)^2 / T in float64: 1 from s = exp(-|l|), 1 from the square, a half each from the sum in it,
 /// the quotient, 1/T and two products; in float32 the kernels' 4 and the last two. Each bit or position added is a half
 /// more.
-constexpr double steps = 8;
+constexpr double kl_steps = 8;
 
 template <typename FreeBits>
 void check_reference(const reference::LatentCase& input, const reference::LatentExpectation& expected, double budget,
@@ -26,7 +26,7 @@ void check_reference(const reference::LatentCase& input, const reference::Latent
   // KL - kappa keeps the error of KL, so kappa is the budget that is added to the value it is relative to; PerBit
   // subtracts one for each bit.
   const double step = epsilon(arithmetic(type));
-  const double relative = (steps + static_cast<double>(input.latent_dim) / 2) * step;
+  const double relative = (kl_steps + static_cast<double>(input.latent_dim) / 2) * step;
   const Tensor z_logits = leaf(tensor(input.z_logits, {rows, input.latent_dim}, type));
 
   const Tensor mean = compute_kl_divergence<FreeBits>(z_logits, input.latent_dim, input.free_bits);
@@ -41,7 +41,7 @@ void check_reference(const reference::LatentCase& input, const reference::Latent
 
   const Tensor of_z = gradient(mean, z_logits);
   CHECK(of_z.scalar_type() == type);
-  CHECK(difference(of_z, expected.gradient, steps * step) == "");
+  CHECK(difference(of_z, expected.gradient, kl_steps * step) == "");
 }
 
 }  // namespace
@@ -197,7 +197,7 @@ TEST_CASE("The second derivative of the KL reaches an upstream gradient", "[kl][
   const Tensor plain = gradient(each, z_logits, torch::ones({3}, torch::kDouble));
   // Squares of gradients, a sum of four, two products: on both sides.
   CHECK(difference(gradient(first.square().sum(), upstream), 2 * upstream * plain.square().sum(1),
-                   (4 * steps + 6) * epsilon(torch::kDouble)) == "");
+                   (4 * kl_steps + 6) * epsilon(torch::kDouble)) == "");
 }
 
 TEMPLATE_TEST_CASE("Without a budget the KL at zero has its second derivative, 1/4", "[kl][gradient]", PerPosition,
@@ -215,7 +215,7 @@ TEST_CASE("A policy of one's own gets the KL of each bit, and its gradient flows
   const Tensor kl = compute_kl_divergence(wide, with(3, 0, torch::kNone));
   CHECK(difference(squares, kl.square(), 4 * epsilon(torch::kDouble)) == "");
   CHECK(difference(gradient(squares.sum(), z_logits), gradient(kl.square().sum(), wide),
-                   steps * epsilon(torch::kDouble)) == "");
+                   kl_steps * epsilon(torch::kDouble)) == "");
 }
 
 TEST_CASE("Every layout of the latent logits gives the numbers of contiguous ones", "[kl][layout]") {
@@ -241,12 +241,12 @@ TEST_CASE("Every layout of the latent logits gives the numbers of contiguous one
       const Tensor each = compute_kl_divergence(strided, options);
       const Tensor expected = compute_kl_divergence(contiguous, options);
       CHECK(each.sizes() == view.sizes().slice(0, static_cast<size_t>(view.dim() - 1)));
-      CHECK(difference(each, expected, 2 * steps * epsilon(arithmetic(type)), 0.75, /*roundings=*/2) == "");
+      CHECK(difference(each, expected, 2 * kl_steps * epsilon(arithmetic(type)), 0.75, /*roundings=*/2) == "");
       const Tensor upstream = eighths(each.sizes(), arithmetic(type));
       const Tensor found = gradient(each, strided, upstream);
       CHECK(found.sizes() == view.sizes());
       // Both sides may be off, and be rounded to neighbours.
-      const double relative = 2 * steps * epsilon(arithmetic(type));
+      const double relative = 2 * kl_steps * epsilon(arithmetic(type));
       CHECK(difference(found, gradient(expected, contiguous, upstream), relative, 0, /*roundings=*/2) == "");
     }
   }
@@ -257,7 +257,7 @@ TEST_CASE("The gradient of shifted latent logits is placed in what they were cut
   const Tensor found = gradient(compute_kl_divergence(z_logits.slice(1, 0, 4), 3, 0.25), z_logits);
   const Tensor alone = leaf(z_logits.slice(1, 0, 4).contiguous());
   const Tensor expected = gradient(compute_kl_divergence(alone, 3, 0.25), alone);
-  CHECK(difference(found.slice(1, 0, 4), expected, 2 * steps * epsilon(torch::kDouble)) == "");
+  CHECK(difference(found.slice(1, 0, 4), expected, 2 * kl_steps * epsilon(torch::kDouble)) == "");
   CHECK(found.select(1, 4).count_nonzero().item<int64_t>() == 0);
 }
 

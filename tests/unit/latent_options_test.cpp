@@ -12,9 +12,7 @@ using namespace numeric;
 /// The 8 of the bare KL (kl_divergence_test.cpp) and a half each for u, 1/normalizer, their products and the terms of
 /// the prior. In units of float64 with a prior, else of the type of arithmetic. What cancels is in the conditions of
 /// the references.
-constexpr double steps = 12;
-
-const std::vector<Reduction> reductions{torch::kMean, torch::kSum, torch::kNone};
+constexpr double latent_option_steps = 12;
 
 KLDivergenceOptions options_of(const reference::LatentOptionCase& input, torch::ScalarType type) {
   auto options = KLDivergenceOptions().latent_dim(input.latent_dim).free_bits(input.free_bits);
@@ -30,7 +28,7 @@ void check_reference(const reference::LatentOptionCase& input, const reference::
                      torch::ScalarType type) {
   const auto rows = static_cast<int64_t>(input.conditions.size());
   const double step = epsilon(input.prior_logits.empty() ? arithmetic(type) : torch::kDouble);
-  const double relative = (steps + static_cast<double>(input.latent_dim) / 2) * step;
+  const double relative = (latent_option_steps + static_cast<double>(input.latent_dim) / 2) * step;
   double condition = 0;
   for (const double of_position : input.conditions) condition += of_position;
   const Tensor dense = tensor(input.z_logits, {rows, input.latent_dim}, type);
@@ -167,7 +165,7 @@ TEST_CASE("A prior of zeros is the uniform prior", "[kl][options]") {
     for (const Tensor& prior : {torch::zeros({3}, type), torch::zeros({4, 3}, type)}) {
       INFO(type << ", prior " << prior.sizes());
       const Tensor loss = compute_kl_divergence(z, KLDivergenceOptions(options).prior_logits(prior));
-      const double relative = 2 * steps * epsilon(arithmetic(type));
+      const double relative = 2 * latent_option_steps * epsilon(arithmetic(type));
       CHECK(difference(loss, expected, relative, 1) == "");
       CHECK(difference(gradient(loss, z), gradient(expected, z), relative, 0, /*roundings=*/2) == "");
     }
@@ -221,7 +219,7 @@ TEST_CASE("Positions of weight 0 have exactly no latent loss and no gradient, wh
   for (const auto type : all_types) {
     for (const bool strided : {false, true}) {
       for (const double garbage : {not_a_number, reference::inf}) {
-        for (const auto& reduction : reductions) {
+        for (const auto& reduction : all_reductions) {
           for (const int priors : {0, 1, 2}) {
             INFO(type << ", strided " << strided << ", " << garbage << ", reduction " << reduction.index() << ", prior "
                       << priors);

@@ -18,7 +18,7 @@ namespace F = torch::nn::functional;
 ///     u w (1 + 2 z lse) scale <= 2 2 (1 + 0.2 22) 2 = 43
 /// and moves by twice that, and a gradient adds up at most 50 of them: 6e-10 in the worst case for each unit of h or w.
 /// These tests ask for a hundredth of it.
-constexpr double relative = 6e-12;
+constexpr double head_relative = 6e-12;
 
 /// A head, and what it is applied to.
 struct Head {
@@ -157,11 +157,11 @@ TEST_CASE("A fused head has the loss and the gradients of dense logits, whatever
       INFO("tokens of a block: " << tokens);
       const auto found = loss_and_gradients(head.fused(bytes_of(tokens, head)), head, problem.targets, problem.options,
                                             problem.upstream);
-      CHECK(difference_of_all(found, expected, relative) == "");
+      CHECK(difference_of_all(found, expected, head_relative) == "");
     }
     CHECK(difference_of_all(loss_and_gradients(head.fused(/*block_bytes=*/1), head, problem.targets, problem.options,
                                                problem.upstream),
-                            expected, relative) == "");
+                            expected, head_relative) == "");
   }
 }
 
@@ -173,15 +173,15 @@ TEST_CASE("The token statistics and figures of a fused head are those of dense l
     INFO("seed " << seed << ", hidden " << head.hidden.sizes() << ", weight " << head.weight.sizes());
     const auto expected = compute_token_statistics(head.dense(), problem.targets, problem.options);
     const auto found = compute_token_statistics(head.fused(bytes_of(3, head)), problem.targets, problem.options);
-    CHECK(difference(found.loss, expected.loss, relative, 1) == "");
-    CHECK(difference(found.log_sum_exp, expected.log_sum_exp, relative, 1) == "");
-    CHECK(difference(found.target_log_probability, expected.target_log_probability, relative, 1) == "");
+    CHECK(difference(found.loss, expected.loss, head_relative, 1) == "");
+    CHECK(difference(found.log_sum_exp, expected.log_sum_exp, head_relative, 1) == "");
+    CHECK(difference(found.target_log_probability, expected.target_log_probability, head_relative, 1) == "");
     CHECK(torch::equal(found.prediction, expected.prediction));
     CHECK(torch::equal(found.hit, expected.hit));
     CHECK_FALSE(found.loss.requires_grad());
 
     const auto sums = reconstruct(head.fused(), problem.targets, problem.options).sums;
-    CHECK(difference(sums, reconstruct(head.dense(), problem.targets, problem.options).sums, relative, 1) == "");
+    CHECK(difference(sums, reconstruct(head.dense(), problem.targets, problem.options).sums, head_relative, 1) == "");
   }
 }
 
@@ -246,7 +246,7 @@ TEST_CASE("Unreduced losses of a fused head take any upstream gradient", "[linea
     INFO(which);
     const auto expected = loss_and_gradients(head.dense(), head, targets, options, upstream);
     CHECK(difference_of_all(loss_and_gradients(head.fused(bytes_of(5, head)), head, targets, options, upstream),
-                            expected, relative) == "");
+                            expected, head_relative) == "");
   }
   // An upstream gradient that depends on the loss itself: what scaling after the fact gets wrong.
   const auto focal = [&](const auto& logits) {
@@ -255,7 +255,7 @@ TEST_CASE("Unreduced losses of a fused head take any upstream gradient", "[linea
   };
   const auto expected = focal(head.dense()), found = focal(head.fused(bytes_of(5, head)));
   for (size_t index = 0; index < expected.size(); ++index)
-    CHECK(difference(found[index], expected[index], relative, 1) == "");
+    CHECK(difference(found[index], expected[index], head_relative, 1) == "");
 }
 
 TEST_CASE("A scaled loss scales the gradients of a fused head", "[linear][gradient]") {
@@ -298,7 +298,7 @@ TEST_CASE("Without a gradient a fused head costs one product a block and makes n
   const auto check = [&] {
     CHECK(products_of(run) == 3);
     CHECK_FALSE(loss.requires_grad());
-    CHECK(difference(loss, std::vector<double>{expected}, relative) == "");
+    CHECK(difference(loss, std::vector<double>{expected}, head_relative) == "");
   };
   SECTION("in no_grad mode") {
     const torch::NoGradGuard no_grad;
@@ -343,7 +343,7 @@ TEST_CASE("Positions that do not count are left out of the products of a fused h
     CHECK(difference(found[0].index_select(0, torch::tensor({1, 2, 4})), std::vector<double>(3, 0.0), 0) == "");
     found[0] = found[0].index_select(0, index);
   }
-  CHECK(difference_of_all(found, expected, relative) == "");
+  CHECK(difference_of_all(found, expected, head_relative) == "");
 }
 
 TEST_CASE("A fused head without a position that counts has a loss of 0 and gradients of 0", "[linear][gradient]") {
@@ -410,7 +410,7 @@ TEST_CASE("One position without a batch is a fused head, too", "[linear]") {
     const auto options = ReconstructionLossOptions().reduction(reduction);
     const Tensor upstream = torch::full({}, 0.75, torch::kDouble);
     CHECK(difference_of_all(loss_and_gradients(head.fused(), head, target, options, upstream),
-                            loss_and_gradients(head.dense(), head, target, options, upstream), relative) == "");
+                            loss_and_gradients(head.dense(), head, target, options, upstream), head_relative) == "");
   }
 }
 
@@ -423,20 +423,20 @@ TEST_CASE("The gradients of a weight tied with the embedding add up", "[linear][
     return gradient(compute_reconstruction_loss(make_logits(hidden), targets), table);
   };
   const Tensor expected = gradient_of([&](const Tensor& hidden) { return torch::linear(hidden, table); });
-  CHECK(difference(gradient_of([&](const Tensor& hidden) { return LinearLogits(hidden, table); }), expected, relative,
-                   1) == "");
+  CHECK(difference(gradient_of([&](const Tensor& hidden) { return LinearLogits(hidden, table); }), expected,
+                   head_relative, 1) == "");
 
   compute_reconstruction_loss(LinearLogits(torch::embedding(table, tokens).tanh(), table), targets).backward();
   compute_reconstruction_loss(LinearLogits(torch::embedding(table, tokens).tanh(), table), targets).backward();
-  CHECK(difference(table.grad(), expected * 2, relative, 1) == "");
+  CHECK(difference(table.grad(), expected * 2, head_relative, 1) == "");
 }
 
 TEST_CASE("One tensor as hidden and weight gets both gradients", "[linear][gradient]") {
   torch::manual_seed(14);
   const Tensor both = leaf(uniform({6, 4}, 0.5)), targets = some_targets({6}, 6);
   const Tensor expected = gradient(compute_reconstruction_loss(torch::linear(both, both), targets), both);
-  CHECK(difference(gradient(compute_reconstruction_loss(LinearLogits(both, both), targets), both), expected, relative,
-                   1) == "");
+  CHECK(difference(gradient(compute_reconstruction_loss(LinearLogits(both, both), targets), both), expected,
+                   head_relative, 1) == "");
 }
 
 TEST_CASE("A fused head of half precision loses no more than eager does", "[linear][half][memcheck][cpu]") {
@@ -496,7 +496,7 @@ TEST_CASE("A second backward through a retained graph of a fused head is right",
       const auto expected = torch::autograd::grad({dense}, head.inputs(), {upstream}, /*retain_graph=*/true);
       const auto found = torch::autograd::grad({loss}, head.inputs(), {upstream}, /*retain_graph=*/true);
       for (size_t index = 0; index < found.size(); ++index) {
-        CHECK(difference(found[index], expected[index], relative, 1) == "");
+        CHECK(difference(found[index], expected[index], head_relative, 1) == "");
       }
     }
   }
@@ -532,13 +532,13 @@ TEST_CASE("The whole loss and the module take a fused head", "[linear][vae][modu
   const auto expected = compute_vae_loss(head.dense(), targets, z_logits, options);
   for (const auto& [loss, metrics] : {compute_vae_loss(head.fused(), targets, z_logits, options),
                                       criterion(head.fused(bytes_of(3, head)), targets, z_logits)}) {
-    CHECK(difference(loss, expected.loss, relative) == "");
+    CHECK(difference(loss, expected.loss, head_relative) == "");
     for (const auto& [figure, value] : metrics) {
       INFO(figure);
-      CHECK(std::abs(value - expected.metrics.at(figure)) <= relative * (1 + std::abs(value)));
+      CHECK(std::abs(value - expected.metrics.at(figure)) <= head_relative * (1 + std::abs(value)));
     }
-    CHECK(difference(gradient(loss, head.weight), gradient(expected.loss, head.weight), relative, 1) == "");
-    CHECK(difference(gradient(loss, z_logits), gradient(expected.loss, z_logits), relative, 1) == "");
+    CHECK(difference(gradient(loss, head.weight), gradient(expected.loss, head.weight), head_relative, 1) == "");
+    CHECK(difference(gradient(loss, z_logits), gradient(expected.loss, z_logits), head_relative, 1) == "");
   }
   CHECK(compute_vae_loss<PerBit>(head.fused(), targets, z_logits, 3).loss.requires_grad());
 }

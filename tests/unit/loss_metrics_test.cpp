@@ -9,16 +9,16 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-const std::vector<std::string> names{"loss/total",
-                                     "loss/reconstruction",
-                                     "loss/kl",
-                                     "loss/kl_weighted",
-                                     "metrics/perplexity",
-                                     "latent/kl_bits",
-                                     "latent/active_fraction",
-                                     "latent/active_bits",
-                                     "bound/elbo",
-                                     "bound/elbo_bits"};
+const std::vector<std::string> metric_names{"loss/total",
+                                            "loss/reconstruction",
+                                            "loss/kl",
+                                            "loss/kl_weighted",
+                                            "metrics/perplexity",
+                                            "latent/kl_bits",
+                                            "latent/active_fraction",
+                                            "latent/active_bits",
+                                            "bound/elbo",
+                                            "bound/elbo_bits"};
 
 struct Batch {
   Tensor logits, targets, z_logits;
@@ -53,7 +53,7 @@ double of_orders(int64_t positions) { return roundings(2 * (positions + 1 + 1 + 
 /// leaves its error.
 void check_same(const LossMetrics& left, const LossMetrics& right, double relative) {
   const double kl = bits(right.at("latent/kl_bits"));
-  for (const auto& name : names) {
+  for (const auto& name : metric_names) {
     INFO(name);
     const double value = right.at(name), steps = name == "metrics/perplexity" ? 1 + std::log(value) : 1;
     CHECK(std::abs(left.at(name) - value) <= relative * (steps * std::abs(value) + kl));
@@ -70,11 +70,11 @@ TEST_CASE("The metrics have their names in order, by iteration, lookup and conve
     CHECK(value == metrics.at(name));
     CHECK(std::isfinite(value));
   }
-  CHECK(found == names);
-  CHECK(metrics.size() == names.size());
+  CHECK(found == metric_names);
+  CHECK(metrics.size() == metric_names.size());
   const std::map<std::string, double> map = metrics;
-  CHECK(map.size() == names.size());
-  for (const auto& name : names) CHECK(map.at(name) == metrics.at(name));
+  CHECK(map.size() == metric_names.size());
+  for (const auto& name : metric_names) CHECK(map.at(name) == metrics.at(name));
 }
 
 TEST_CASE("The metrics keep to the relations between them", "[metrics]") {
@@ -136,11 +136,11 @@ TEST_CASE("Joined calls may differ in beta_kl and in free_bits", "[metrics]") {
 
 TEST_CASE("Metrics without positions are zero, and neutral when joined", "[metrics]") {
   const LossMetrics none;
-  for (const auto& name : names) CHECK(none.at(name) == (name == "metrics/perplexity" ? 1 : 0));
+  for (const auto& name : metric_names) CHECK(none.at(name) == (name == "metrics/perplexity" ? 1 : 0));
   const LossMetrics some = Batch(9).metrics<BatchMean>();
   check_same(none + some, some, 0);
   check_same(some + none, some, 0);
-  CHECK((none + none).size() == names.size());
+  CHECK((none + none).size() == metric_names.size());
 }
 
 TEST_CASE("Metrics carry no graph, and what happens to the inputs later does not change them", "[metrics]") {
@@ -205,7 +205,7 @@ TEST_CASE("The z-loss is shown apart where there is one, and joins", "[metrics]"
                             VAELossOptions().latent_dim(4).reconstruction(ReconstructionLossOptions().z_loss(z_loss)))
         .metrics;
   };
-  CHECK(metrics(0).size() == names.size());
+  CHECK(metrics(0).size() == metric_names.size());
   const Tensor lse = batch.logits.logsumexp(-1).masked_select(batch.targets != -100);
   const double expected = 0.25 * lse.square().mean().item<double>();
   // Each side adds 11 exponentials of about 8 half steps each, so its lse is off by as many of 1 + |lse|. A square doubles
@@ -226,13 +226,13 @@ TEST_CASE("The KL of each bit is shown where it is asked for, and joins", "[metr
     return compute_vae_loss<BatchMean>(batch.logits, batch.targets, batch.z_logits, options).metrics;
   };
   const LossMetrics all = metrics(whole, true);
-  CHECK(metrics(whole, false).size() == names.size());
-  CHECK(all.size() == names.size() + 4);
+  CHECK(metrics(whole, false).size() == metric_names.size());
+  CHECK(all.size() == metric_names.size() + 4);
   double sum = 0;
   for (int64_t bit = 0; bit < 4; ++bit) {
     const std::string name = "latent/kl_bits/" + std::to_string(bit);
     INFO(name);
-    CHECK((all.begin() + static_cast<std::ptrdiff_t>(names.size()) + bit)->first == name);
+    CHECK((all.begin() + static_cast<std::ptrdiff_t>(metric_names.size()) + bit)->first == name);
     const Tensor p = whole.z_logits.select(-1, bit).sigmoid();
     const Tensor kl = p * (2 * p).log() + (1 - p) * (2 * (1 - p)).log();
     // Two products of at most log 2, whose factors are off by two half steps each; their difference may be near 0.

@@ -14,6 +14,7 @@
 
 #include "../reference/references.hpp"
 #include "catch.hpp"
+#include "free_transformer/reduction.hpp"
 #include "test_device.hpp"
 
 namespace numeric {
@@ -23,6 +24,8 @@ using torch::Tensor;
 inline constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 
 inline constexpr torch::ScalarType all_types[] = {torch::kDouble, torch::kFloat, torch::kHalf, torch::kBFloat16};
+
+inline const free_transformer::Reduction all_reductions[] = {torch::kMean, torch::kSum, torch::kNone};
 
 /// Distance from 1 to the next number.
 inline double epsilon(torch::ScalarType type) {

@@ -18,7 +18,7 @@ ReconstructionLossOptions with(Reduction reduction, int64_t ignore_index = -100)
 /// `difference`'s half step. Of a gradient p_j / T: 1 for exp, 4 for the sum, a half each for 1 + sum, the quotient,
 /// 1/T and the product, two more halves at the target, where p - 1 is no smaller than p or is taken as a sum over the
 /// others.
-constexpr double steps = 8;
+constexpr double reconstruction_steps = 8;
 
 }  // namespace
 
@@ -46,7 +46,7 @@ TEST_CASE("Cross entropy has the value and the gradient of its equation", "[reco
       const auto rows = static_cast<int64_t>(expected.targets.size());
       const Tensor logits = leaf(tensor(expected.logits, {rows, expected.classes}, type));
       const Tensor targets = tensor(expected.targets, {rows});
-      const double relative = steps * epsilon(arithmetic(type));
+      const double relative = reconstruction_steps * epsilon(arithmetic(type));
 
       const Tensor mean = compute_reconstruction_loss(logits, targets, expected.ignore_index);
       const Tensor sum = compute_reconstruction_loss(logits, targets, with(torch::kSum, expected.ignore_index));
@@ -125,7 +125,7 @@ TEST_CASE("The second derivative reaches an upstream gradient", "[reconstruction
   const Tensor each = gradient(losses, logits, torch::ones({3}, torch::kDouble));
   // Squares of gradients, a sum of four, two products: on both sides.
   CHECK(difference(gradient(first.square().sum(), upstream), 2 * upstream * each.square().sum(1),
-                   (4 * steps + 6) * epsilon(torch::kDouble)) == "");
+                   (4 * reconstruction_steps + 6) * epsilon(torch::kDouble)) == "");
 }
 
 TEST_CASE("A masked vocabulary has second derivatives, too", "[reconstruction][gradient]") {
@@ -181,7 +181,7 @@ TEST_CASE("Every layout of the logits gives the numbers of contiguous ones", "[r
         const Tensor loss = compute_reconstruction_loss(strided, targets, with(reduction));
         const Tensor expected = compute_reconstruction_loss(contiguous, targets, with(reduction));
         // The order of the sum over the classes follows their layout, so each side may be off by `steps`.
-        const double relative = 2 * steps * epsilon(arithmetic(type));
+        const double relative = 2 * reconstruction_steps * epsilon(arithmetic(type));
         CHECK(difference(loss, expected, relative) == "");
         const Tensor upstream = eighths(loss.sizes(), arithmetic(type));
         const Tensor found = gradient(loss, strided, upstream);
@@ -210,7 +210,7 @@ TEST_CASE("The gradient of shifted logits is placed in what they were cut from",
   const Tensor alone = leaf(logits.slice(1, 0, 4).contiguous());
   const Tensor expected = gradient(compute_reconstruction_loss(alone, tokens.slice(1, 1).contiguous()), alone);
   const Tensor found = gradient(loss, logits);
-  CHECK(difference(found.slice(1, 0, 4), expected, 2 * steps * epsilon(torch::kDouble)) == "");
+  CHECK(difference(found.slice(1, 0, 4), expected, 2 * reconstruction_steps * epsilon(torch::kDouble)) == "");
   CHECK(found.select(1, 4).count_nonzero().item<int64_t>() == 0);
 }
 
@@ -298,7 +298,7 @@ TEST_CASE("A target that the mask forbids has an infinite loss", "[reconstructio
   const Tensor loss = compute_reconstruction_loss(logits, torch::tensor({1}));
   CHECK(loss.item<double>() == INFINITY);
   const double p = 1 / (1 + std::exp(-1.0));
-  CHECK(difference(gradient(loss, logits), {p, -1.0, 1 - p}, steps * epsilon(torch::kDouble)) == "");
+  CHECK(difference(gradient(loss, logits), {p, -1.0, 1 - p}, reconstruction_steps * epsilon(torch::kDouble)) == "");
 }
 
 TEST_CASE("A mean that float32 cannot hold is infinite, and its gradient is not", "[reconstruction][gradient]") {
@@ -333,7 +333,7 @@ TEST_CASE("Even the least likely of many equal classes keeps its relative accura
   CHECK(difference(loss, {std::log(static_cast<double>(classes))}, 4 * epsilon(torch::kFloat)) == "");
   std::vector<double> expected(classes, 1.0 / classes);
   expected[5] -= 1;
-  CHECK(difference(gradient(loss, logits), expected, steps * epsilon(torch::kFloat)) == "");
+  CHECK(difference(gradient(loss, logits), expected, reconstruction_steps * epsilon(torch::kFloat)) == "");
 }
 
 TEST_CASE("Without gradients the loss has the same bits and no graph", "[reconstruction]") {

@@ -17,9 +17,7 @@ namespace F = torch::nn::functional;
 /// In units of the type of arithmetic: the 8 of the bare loss (reconstruction_loss_test.cpp), and a half each for
 /// epsilon, 1 - epsilon, w, u, z, two products with them, and the sum of the parts. What cancels is in the conditions
 /// of the references.
-constexpr double steps = 12;
-
-const std::vector<Reduction> reductions{torch::kMean, torch::kSum, torch::kNone};
+constexpr double reconstruction_option_steps = 12;
 
 /// Like `difference`, with a condition for each value.
 std::string difference_within(const Tensor& actual, const std::vector<double>& expected, double relative,
@@ -86,7 +84,7 @@ TEST_CASE("Every option has the value and the gradient of its equation", "[recon
       const Tensor dense = tensor(expected.logits, {rows, expected.classes}, type);
       const Tensor targets = expected.targets.empty() ? tensor(expected.probabilities, {rows, expected.classes}, type)
                                                       : tensor(expected.targets, {rows});
-      const double relative = steps * epsilon(arithmetic(type));
+      const double relative = reconstruction_option_steps * epsilon(arithmetic(type));
       const double mean_in_sum = std::accumulate(expected.loss_conditions.begin(), expected.loss_conditions.end(), 0.0);
       for (const Tensor& layout : {dense, with_strided_rows(dense)}) {
         INFO(expected.name << ", " << type << ", strides " << layout.strides());
@@ -141,7 +139,7 @@ TEST_CASE("Cross entropy is LibTorch's own for all options that it has", "[recon
     const Tensor flat = with_probabilities ? target.reshape({-1, 7}) : target.reshape({-1});
     const Tensor expected = F::cross_entropy(other.reshape({-1, 7}), flat, theirs);
     const Tensor seed = expected.dim() == 0 ? torch::ones_like(expected) : upstream.reshape({-1}).to(type);
-    const double relative = steps * epsilon(type);
+    const double relative = reconstruction_option_steps * epsilon(type);
     CHECK(loss.dim() == (expected.dim() == 0 ? 0 : 2));
     CHECK(difference(loss.reshape(expected.sizes()), expected, relative, expected.dim() == 0 ? also * 12 : also) == "");
     CHECK(difference(gradient(loss, x, seed.reshape(loss.sizes())), gradient(expected, other, seed), relative,
@@ -158,7 +156,7 @@ TEST_CASE("Cross entropy is LibTorch's own for all options that it has", "[recon
     for (const auto& [name, layout] : layouts) {
       for (const bool weighted : {false, true}) {
         for (const double smoothing : {0.0, 0.1, 1.0}) {
-          for (const auto& reduction : reductions) {
+          for (const auto& reduction : all_reductions) {
             for (const int64_t ignore_index : {-100, 4}) {
               INFO(type << ", " << name << ", weighted " << weighted << ", smoothing " << smoothing << ", reduction "
                         << reduction.index() << ", ignore_index " << ignore_index);
@@ -221,7 +219,7 @@ TEST_CASE("Tokens that do not count have exactly no loss and no gradient, whatev
   for (const auto type : all_types) {
     for (const bool strided : {false, true}) {
       for (const double garbage : {not_a_number, reference::inf, -reference::inf}) {
-        for (const auto& reduction : reductions) {
+        for (const auto& reduction : all_reductions) {
           for (const Tensor& targets : {example.targets, example.probabilities.to(type)}) {
             for (const unsigned bits : {1u, all_options & ~16u, all_options}) {
               INFO(type << ", strided " << strided << ", " << garbage << ", reduction " << reduction.index()

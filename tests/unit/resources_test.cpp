@@ -13,7 +13,7 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-constexpr torch::ScalarType types[] = {torch::kFloat, torch::kDouble, torch::kBFloat16};
+constexpr torch::ScalarType resource_types[] = {torch::kFloat, torch::kDouble, torch::kBFloat16};
 
 /// Rows are handled in blocks of 2^18 elements. Of the cross entropy eight may be at work at one time in the type of
 /// its arithmetic, of the KL twelve in float64.
@@ -91,7 +91,7 @@ TEST_CASE("Any number of threads gives the same bits", "[threads][cpu]") {
 }
 
 TEST_CASE("Cross entropy needs one gradient of memory beside the logits", "[memory]") {
-  for (const auto type : types) {
+  for (const auto type : resource_types) {
     const std::vector<std::pair<const char*, Tensor>> layouts{
         {"contiguous", torch::zeros({256, 32768}, type)},
         {"shifted", torch::zeros({4, 65, 32768}, type).slice(1, 0, 64)},

@@ -10,11 +10,11 @@ using namespace free_transformer;
 using namespace numeric;
 
 /// Both sides compute in the type of arithmetic: 8 steps each of logits of at most 8, from sums of at most 9 terms.
-constexpr double steps = 16;
-constexpr double also = 8;
+constexpr double statistics_steps = 16;
+constexpr double statistics_also = 8;
 
 /// Six positions; one is ignored, one has weight 0.
-struct Example {
+struct SixPositions {
   Tensor logits = eighths({2, 3, 9});
   Tensor targets = tensor(std::vector<int64_t>{3, -100, 0, 8, 2, 5}, {2, 3});
   Tensor probabilities = (eighths({2, 3, 9}, torch::kDouble, 4) / 4).softmax(-1);
@@ -38,7 +38,7 @@ std::vector<Tensor> fields(const TokenStatistics& statistics) {
 }  // namespace
 
 TEST_CASE("Every statistic of a token is what its definition says", "[statistics]") {
-  const Example example;
+  const SixPositions example;
   for (const auto type : all_types) {
     for (const bool strided : {false, true}) {
       for (const double softcap : {0.0, 3.0}) {
@@ -59,15 +59,17 @@ TEST_CASE("Every statistic of a token is what its definition says", "[statistics
             const Tensor of_target = by_probabilities ? (targets.to(torch::kDouble) * log_p).sum(-1)
                                                       : log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1);
             const Tensor wanted = by_probabilities ? targets.argmax(-1) : index;
-            const double relative = steps * epsilon(arithmetic(type));
+            const double relative = statistics_steps * epsilon(arithmetic(type));
             const Tensor none = ~counts;
             const Tensor losses = compute_reconstruction_loss(
                 logits, targets, ReconstructionLossOptions(options).reduction(torch::kNone));
             CHECK(same_bits(found.loss, losses));
-            CHECK(difference(found.log_sum_exp, x.logsumexp(-1).masked_fill(none, 0), relative, also) == "");
-            CHECK(difference(found.target_log_probability, of_target.masked_fill(none, 0), relative, also) == "");
+            CHECK(difference(found.log_sum_exp, x.logsumexp(-1).masked_fill(none, 0), relative, statistics_also) == "");
+            CHECK(difference(found.target_log_probability, of_target.masked_fill(none, 0), relative, statistics_also) ==
+                  "");
             CHECK(same_bits(found.prediction, exact.argmax(-1).masked_fill(none, -1)));
-            CHECK(difference(found.entropy, -(log_p.exp() * log_p).sum(-1).masked_fill(none, 0), relative, also) == "");
+            CHECK(difference(found.entropy, -(log_p.exp() * log_p).sum(-1).masked_fill(none, 0), relative,
+                             statistics_also) == "");
             CHECK(found.entropy.scalar_type() == arithmetic(type));
             CHECK(same_bits(found.hit, (exact.argmax(-1) == wanted) & counts));
             CHECK(found.loss.scalar_type() == arithmetic(type));
@@ -115,7 +117,7 @@ TEST_CASE("The lowest of equally likely classes is the prediction", "[statistics
 }
 
 TEST_CASE("Tokens that do not count have no statistics, whatever their logits", "[statistics]") {
-  const Example example;
+  const SixPositions example;
   for (const auto type : all_types) {
     for (const double garbage : {not_a_number, reference::inf}) {
       for (const bool strided : {false, true}) {
@@ -138,7 +140,7 @@ TEST_CASE("Tokens that do not count have no statistics, whatever their logits", 
 }
 
 TEST_CASE("Statistics have no graph and do not depend on reduction and normalizer", "[statistics]") {
-  const Example example;
+  const SixPositions example;
   const Tensor logits = leaf(example.logits);
   const auto expected = fields(compute_token_statistics(logits, example.targets, example.options()));
   for (const Reduction& reduction : {Reduction(torch::kSum), Reduction(torch::kNone), Reduction(torch::kMean)}) {
@@ -170,7 +172,7 @@ TEST_CASE("Statistics refuse what the loss refuses, under their own name", "[sta
 }
 
 TEST_CASE("metrics/accuracy is there only when asked for, and is the share of hits", "[statistics][metrics]") {
-  const Example example;
+  const SixPositions example;
   for (const auto type : all_types) {
     for (const bool strided : {false, true}) {
       for (const Tensor& targets : {example.targets, example.probabilities.to(type)}) {
@@ -228,7 +230,7 @@ TEST_CASE("The entropy of a confident prediction keeps its digits, and impossibl
       if (strided) logits = with_strided_rows(logits);
       const Tensor found = compute_token_statistics(logits, torch::zeros({3}, torch::kLong)).entropy;
       const auto exact = std::vector<double>{confident, std::log(2.0)};
-      CHECK(difference(found.slice(0, 0, 2), exact, steps * epsilon(type)) == "");
+      CHECK(difference(found.slice(0, 0, 2), exact, statistics_steps * epsilon(type)) == "");
       CHECK(std::isnan(found[2].item<double>()));
     }
   }

@@ -13,7 +13,7 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-struct Example {
+struct Arguments {
   Tensor logits = eighths({2, 5}), targets = torch::tensor({int64_t{1}, int64_t{4}}), z_logits = eighths({2, 3});
   Tensor hidden = eighths({2, 4}), weight = eighths({5, 4}), bias = eighths({5}), prior = eighths({3});
   Tensor probabilities = torch::full({2, 5}, 0.2, torch::kDouble), ones = torch::ones({2}, torch::kDouble);
@@ -22,52 +22,54 @@ struct Example {
 
 struct Call {
   std::string argument;
-  Tensor Example::*tensor;  ///< what is changed
-  std::function<void(const Example&)> run;
+  Tensor Arguments::*tensor;  ///< what is changed
+  std::function<void(const Arguments&)> run;
 };
 
 /// Each argument that can carry a derivative, in each function.
 std::vector<Call> calls() {
   const auto reconstruction = [](const auto& options_of) {
-    return [=](const Example& with) { compute_reconstruction_loss(with.logits, with.targets, options_of(with)); };
+    return [=](const Arguments& with) { compute_reconstruction_loss(with.logits, with.targets, options_of(with)); };
   };
   const auto kl = [](const auto& options_of) {
-    return [=](const Example& with) { compute_kl_divergence(with.z_logits, options_of(with).latent_dim(3)); };
+    return [=](const Arguments& with) { compute_kl_divergence(with.z_logits, options_of(with).latent_dim(3)); };
   };
-  const auto vae = [](const Example& with) { compute_vae_loss<PerBit>(with.logits, with.targets, with.z_logits, 3); };
-  const auto head = [](const Example& with) {
+  const auto vae = [](const Arguments& with) { compute_vae_loss<PerBit>(with.logits, with.targets, with.z_logits, 3); };
+  const auto head = [](const Arguments& with) {
     compute_reconstruction_loss(LinearLogits(with.hidden, with.weight, with.bias), with.targets);
   };
   using Options = ReconstructionLossOptions;
   using KLOptions = KLDivergenceOptions;
   return {
-      {"logits", &Example::logits, reconstruction([](const Example&) { return Options(); })},
-      {"logits", &Example::logits, [](const Example& with) { compute_token_statistics(with.logits, with.targets); }},
-      {"logits", &Example::logits, vae},
-      {"targets", &Example::probabilities,
-       [](const Example& with) { compute_reconstruction_loss(with.logits, with.probabilities); }},
-      {"token_weight", &Example::ones,
-       reconstruction([](const Example& with) { return Options().token_weight(with.ones); })},
-      {"weight", &Example::class_weight,
-       reconstruction([](const Example& with) { return Options().weight(with.class_weight); })},
-      {"normalizer", &Example::normalizer,
-       reconstruction([](const Example& with) { return Options().normalizer(with.normalizer); })},
-      {"z_logits", &Example::z_logits, kl([](const Example&) { return KLOptions(); })},
-      {"z_logits", &Example::z_logits, vae},
-      {"prior_logits", &Example::prior, kl([](const Example& with) { return KLOptions().prior_logits(with.prior); })},
-      {"token_weight", &Example::ones, kl([](const Example& with) { return KLOptions().token_weight(with.ones); })},
-      {"normalizer", &Example::normalizer,
-       kl([](const Example& with) { return KLOptions().normalizer(with.normalizer); })},
-      {"hidden", &Example::hidden, head},
-      {"weight", &Example::weight, head},
-      {"bias", &Example::bias, head},
+      {"logits", &Arguments::logits, reconstruction([](const Arguments&) { return Options(); })},
+      {"logits", &Arguments::logits,
+       [](const Arguments& with) { compute_token_statistics(with.logits, with.targets); }},
+      {"logits", &Arguments::logits, vae},
+      {"targets", &Arguments::probabilities,
+       [](const Arguments& with) { compute_reconstruction_loss(with.logits, with.probabilities); }},
+      {"token_weight", &Arguments::ones,
+       reconstruction([](const Arguments& with) { return Options().token_weight(with.ones); })},
+      {"weight", &Arguments::class_weight,
+       reconstruction([](const Arguments& with) { return Options().weight(with.class_weight); })},
+      {"normalizer", &Arguments::normalizer,
+       reconstruction([](const Arguments& with) { return Options().normalizer(with.normalizer); })},
+      {"z_logits", &Arguments::z_logits, kl([](const Arguments&) { return KLOptions(); })},
+      {"z_logits", &Arguments::z_logits, vae},
+      {"prior_logits", &Arguments::prior,
+       kl([](const Arguments& with) { return KLOptions().prior_logits(with.prior); })},
+      {"token_weight", &Arguments::ones, kl([](const Arguments& with) { return KLOptions().token_weight(with.ones); })},
+      {"normalizer", &Arguments::normalizer,
+       kl([](const Arguments& with) { return KLOptions().normalizer(with.normalizer); })},
+      {"hidden", &Arguments::hidden, head},
+      {"weight", &Arguments::weight, head},
+      {"bias", &Arguments::bias, head},
   };
 }
 
 void check_refusals(const std::function<Tensor(const Tensor&)>& change, const std::string& reason) {
   for (const Call& call : calls()) {
     INFO(call.argument);
-    Example example;
+    Arguments example;
     CHECK(error_of([&] { call.run(example); }).empty());
     example.*call.tensor = change(example.*call.tensor);
     const std::string text = error_of([&] { call.run(example); });
@@ -93,7 +95,7 @@ TEST_CASE("A tensor inside of vmap is refused with what to do instead", "[errors
 }
 
 TEST_CASE("A trace does not keep the loss as a constant: it is refused", "[errors][transforms][cpu]") {
-  const Example example;
+  const Arguments example;
   const auto trace_of = [&](const std::function<Tensor(const Tensor&)>& loss) {
     return error_of([&] {
       torch::jit::tracer::trace(
@@ -121,7 +123,7 @@ TEST_CASE("A trace does not keep the loss as a constant: it is refused", "[error
 }
 
 TEST_CASE("Under a Python dispatch mode, as make_fx traces, every loss is refused", "[errors][transforms][cpu]") {
-  const Example example;
+  const Arguments example;
   std::vector<std::string> texts;
   {
     const c10::impl::IncludeDispatchKeyGuard as_a_mode_does(c10::DispatchKey::Python);
@@ -139,7 +141,7 @@ TEST_CASE("Under a Python dispatch mode, as make_fx traces, every loss is refuse
 
 TEST_CASE("Tensors that stand for a negated or a zero one have their own values", "[reconstruction][kl][layout][cpu]") {
   for (const auto type : {torch::kDouble, torch::kFloat}) {
-    const Example example;
+    const Arguments example;
     const auto negated = [&](const Tensor& tensor) { return torch::_neg_view(-tensor.to(type)); };
     const auto zero = [&](const Tensor& tensor) { return torch::_efficientzerotensor(tensor.sizes(), type); };
     for (const Tensor& logits : {example.logits.to(type), example.logits.to(type).t().contiguous().t()}) {

@@ -7,7 +7,7 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-const Tensor targets = numeric::tensor(std::vector<int64_t>{4, -100, 2, 0}, {4});
+const Tensor four_targets = numeric::tensor(std::vector<int64_t>{4, -100, 2, 0}, {4});
 
 VAELossOutput call(const reference::VAECase& input, const Tensor& logits, const Tensor& labels,
                    const Tensor& z_logits) {
@@ -88,9 +88,9 @@ TEST_CASE("The short form has the defaults of the options", "[vae]") {
   CHECK(options.beta_kl() == 1.0);
   CHECK(options.free_bits() == 0.3466);
   CHECK(options.ignore_index() == -100);
-  const auto short_form = compute_vae_loss(logits, targets, z_logits);
-  CHECK(same_bits(short_form.loss, compute_vae_loss(logits, targets, z_logits, options).loss));
-  CHECK(same_bits(short_form.loss, compute_vae_loss(logits, targets, z_logits, 16, 1.0, 0.3466, -100).loss));
+  const auto short_form = compute_vae_loss(logits, four_targets, z_logits);
+  CHECK(same_bits(short_form.loss, compute_vae_loss(logits, four_targets, z_logits, options).loss));
+  CHECK(same_bits(short_form.loss, compute_vae_loss(logits, four_targets, z_logits, 16, 1.0, 0.3466, -100).loss));
 }
 
 TEST_CASE("The shortcuts of the options set those of the terms", "[vae]") {
@@ -104,7 +104,7 @@ TEST_CASE("The shortcuts of the options set those of the terms", "[vae]") {
 
 TEST_CASE("The whole loss is the sum of its terms", "[vae]") {
   const Tensor logits = leaf(eighths({2, 2, 5})), z_logits = leaf(eighths({2, 2, 3}));
-  const Tensor labels = targets.reshape({2, 2});
+  const Tensor labels = four_targets.reshape({2, 2});
   for (const Reduction& reduction : {Reduction(torch::kMean), Reduction(torch::kSum), Reduction(torch::kNone)}) {
     const auto reconstruction = ReconstructionLossOptions().reduction(reduction);
     const auto kl = KLDivergenceOptions().latent_dim(3).reduction(reduction);
@@ -137,30 +137,30 @@ TEST_CASE("The whole loss agrees with finite differences in both orders", "[vae]
 TEST_CASE("Each term may go without a gradient", "[vae][gradient]") {
   const Tensor logits = eighths({4, 5}), z_logits = eighths({4, 3});
   const Tensor of_logits = leaf(logits), of_z = leaf(z_logits);
-  const Tensor both = compute_vae_loss(of_logits, targets, of_z, 3).loss;
-  CHECK(same_bits(gradient(compute_vae_loss(of_logits, targets, z_logits, 3).loss, of_logits),
+  const Tensor both = compute_vae_loss(of_logits, four_targets, of_z, 3).loss;
+  CHECK(same_bits(gradient(compute_vae_loss(of_logits, four_targets, z_logits, 3).loss, of_logits),
                   gradient(both, of_logits)));
-  CHECK(same_bits(gradient(compute_vae_loss(logits, targets, of_z, 3).loss, of_z), gradient(both, of_z)));
-  CHECK_FALSE(compute_vae_loss(logits, targets, z_logits, 3).loss.requires_grad());
+  CHECK(same_bits(gradient(compute_vae_loss(logits, four_targets, of_z, 3).loss, of_z), gradient(both, of_z)));
+  CHECK_FALSE(compute_vae_loss(logits, four_targets, z_logits, 3).loss.requires_grad());
 }
 
 TEST_CASE("Logits and latent logits may differ in type and in the number of positions", "[vae]") {
   const Tensor logits = leaf(eighths({4, 5}, torch::kBFloat16)), z_logits = leaf(eighths({3, 2, 3}, torch::kFloat));
-  const Tensor loss = compute_vae_loss(logits, targets, z_logits, 3).loss;
+  const Tensor loss = compute_vae_loss(logits, four_targets, z_logits, 3).loss;
   CHECK(loss.scalar_type() == torch::kFloat);
   CHECK(gradient(loss, logits).scalar_type() == torch::kBFloat16);
   CHECK(gradient(loss, z_logits).scalar_type() == torch::kFloat);
-  CHECK(compute_vae_loss(logits, targets, z_logits.to(torch::kDouble), 3).loss.scalar_type() == torch::kDouble);
+  CHECK(compute_vae_loss(logits, four_targets, z_logits.to(torch::kDouble), 3).loss.scalar_type() == torch::kDouble);
 }
 
 TEST_CASE("A head and a policy of one's own combine with the rest", "[vae]") {
   const Tensor hidden = leaf(eighths({4, 3})), weight = leaf(eighths({3, 5})), z_logits = leaf(eighths({4, 3}));
   const auto [loss, metrics] =
-      compute_vae_loss<user::HalfPrice>(user::Head{hidden, weight}, targets, z_logits, 3, 0.5, 0.25);
+      compute_vae_loss<user::HalfPrice>(user::Head{hidden, weight}, four_targets, z_logits, 3, 0.5, 0.25);
   const Tensor kl =
       compute_kl_divergence(z_logits, KLDivergenceOptions().latent_dim(3).free_bits(0).reduction(torch::kNone));
   const Tensor expected =
-      compute_reconstruction_loss(hidden.matmul(weight), targets) + 0.5 * (kl - kl.clamp_max(0.25) / 2).mean();
+      compute_reconstruction_loss(hidden.matmul(weight), four_targets) + 0.5 * (kl - kl.clamp_max(0.25) / 2).mean();
   // Both have the likelihood of the same logits. The KL of three bits and four positions is added up in two orders, and
   // half a dozen factors (the price, beta, the mean) are rounded for on each side.
   const double relative = (3 + 4 + 6) * epsilon(torch::kDouble);
@@ -176,15 +176,15 @@ TEST_CASE("A NaN that counts shows in the loss and in the metrics of its term", 
   const Tensor bad_logits = logits.clone(), bad_z = z_logits.clone();
   bad_logits.select(0, 2).select(0, 3).fill_(not_a_number);
   bad_z.select(0, 1).select(0, 0).fill_(not_a_number);
-  const auto of_logits = compute_vae_loss(bad_logits, targets, z_logits, 3);
+  const auto of_logits = compute_vae_loss(bad_logits, four_targets, z_logits, 3);
   CHECK(std::isnan(of_logits.loss.item<double>()));
   CHECK(std::isnan(of_logits.metrics.at("loss/total")));
   CHECK(std::isnan(of_logits.metrics.at("metrics/perplexity")));
   CHECK(std::isnan(of_logits.metrics.at("bound/elbo")));
   CHECK(std::isfinite(of_logits.metrics.at("loss/kl")));
-  for (const auto& of_z : {compute_vae_loss<PerPosition>(logits, targets, bad_z, 3, 1.0, 100.0),
-                           compute_vae_loss<PerBit>(logits, targets, bad_z, 3, 1.0, 100.0),
-                           compute_vae_loss<BatchMean>(logits, targets, bad_z, 3, 1.0, 100.0)}) {
+  for (const auto& of_z : {compute_vae_loss<PerPosition>(logits, four_targets, bad_z, 3, 1.0, 100.0),
+                           compute_vae_loss<PerBit>(logits, four_targets, bad_z, 3, 1.0, 100.0),
+                           compute_vae_loss<BatchMean>(logits, four_targets, bad_z, 3, 1.0, 100.0)}) {
     CHECK(std::isnan(of_z.loss.item<double>()));
     CHECK(std::isnan(of_z.metrics.at("loss/total")));
     CHECK(std::isnan(of_z.metrics.at("loss/kl")));

@@ -9,7 +9,7 @@ using namespace numeric;
 const auto inplace = ReconstructionLossOptions().inplace(true);
 
 /// A linear head, so that the logits are in the middle of a graph.
-struct Head {
+struct DenseHead {
   Tensor hidden = leaf(eighths({6, 8}, torch::kFloat)), weight = leaf(eighths({50, 8}, torch::kFloat, 2) / 4);
   Tensor targets = torch::arange(6) * 7;
 
@@ -35,7 +35,7 @@ bool contains(const std::string& text, const std::string& part) { return text.fi
 }  // namespace
 
 TEST_CASE("In place the loss and the gradients have the bits of fresh memory", "[inplace][gradient]") {
-  const Head head;
+  const DenseHead head;
   for (const auto type : all_types) {
     INFO(type);
     const auto run = [&](const ReconstructionLossOptions& options) {
@@ -52,7 +52,7 @@ TEST_CASE("In place the loss and the gradients have the bits of fresh memory", "
 }
 
 TEST_CASE("In place takes an upstream gradient, ignored tokens and every option", "[inplace][gradient]") {
-  const Head head;
+  const DenseHead head;
   const auto options = [](bool overwrites) {
     return ReconstructionLossOptions()
         .ignore_index(14)
@@ -92,7 +92,7 @@ TEST_CASE("In place rounds a bfloat16 gradient again after an upstream factor, a
 }
 
 TEST_CASE("In place is used on the logits' own memory", "[inplace][memory]") {
-  const Head head;
+  const DenseHead head;
   const Tensor logits = head.logits();
   const Tensor expected = torch::softmax(logits.detach(), -1) - torch::nn::functional::one_hot(head.targets, 50);
   compute_reconstruction_loss(logits, head.targets, inplace);
@@ -100,7 +100,7 @@ TEST_CASE("In place is used on the logits' own memory", "[inplace][memory]") {
 }
 
 TEST_CASE("Shifted logits are written over where they lie in their tensor, and nowhere else", "[inplace][layout]") {
-  const Head head;
+  const DenseHead head;
   const auto targets = head.targets.slice(0, 0, 4).view({2, 2});
   const auto gradients = [&](const ReconstructionLossOptions& options) {
     const Tensor all = head.logits().view({2, 3, 50});
@@ -115,7 +115,7 @@ TEST_CASE("Shifted logits are written over where they lie in their tensor, and n
 }
 
 TEST_CASE("Without a gradient, or with one for each position, in place leaves the logits as they are", "[inplace]") {
-  const Head head;
+  const DenseHead head;
   const Tensor logits = head.logits(), before = logits.detach().clone();
   {
     const torch::NoGradGuard no_grad;
@@ -126,7 +126,7 @@ TEST_CASE("Without a gradient, or with one for each position, in place leaves th
 }
 
 TEST_CASE("In place refuses logits whose value the user still owns, before it writes", "[inplace][errors]") {
-  const Head head;
+  const DenseHead head;
   const Tensor parameter = leaf(eighths({7, 50}, torch::kFloat)), before = parameter.detach().clone();
   const std::string leaf_error =
       "compute_reconstruction_loss: logits must not be a leaf that requires grad, or a view of one, with inplace: its "
@@ -219,7 +219,7 @@ TEST_CASE("In place refuses other arguments in the logits' memory, and takes tho
 }
 
 TEST_CASE("A gradient that the caller wants kept at the logits is refused in place", "[inplace][errors]") {
-  const Head head;
+  const DenseHead head;
   const auto loss_of = [&](const Tensor& logits) { return compute_reconstruction_loss(logits, head.targets, inplace); };
   const std::string refusal = "logits must not retain_grad()";
   const auto ask_before = [&](const Tensor& asked, const Tensor& logits) {
@@ -243,7 +243,7 @@ TEST_CASE("A gradient that the caller wants kept at the logits is refused in pla
 }
 
 TEST_CASE("Logits that hold their gradient are refused wherever they are given again", "[inplace][errors]") {
-  const Head head;
+  const DenseHead head;
   const Tensor logits = head.logits();
   const Tensor alias = logits.detach(), part = alias.slice(0, 0, 2);
   const Tensor loss = compute_reconstruction_loss(logits, head.targets, inplace);
@@ -267,7 +267,7 @@ TEST_CASE("Logits that hold their gradient are refused wherever they are given a
 }
 
 TEST_CASE("A wrong use of logits that were written over is an error", "[inplace][errors][memcheck]") {
-  const Head head;
+  const DenseHead head;
   const Tensor logits = head.logits();
   const auto loss_of = [&](const Tensor& of) { return compute_reconstruction_loss(of, head.targets, inplace); };
 

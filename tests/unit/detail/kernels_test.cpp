@@ -31,7 +31,7 @@ struct Job {
   }
 };
 
-struct Outcome {
+struct KernelOutcome {
   Tensor loss, gradient;
 };
 
@@ -39,12 +39,12 @@ constexpr losses::WantedOfRows each_row{/*sums=*/false, /*each=*/true};
 
 /// What the operations say, and how large the parts are of which the sums of options are made, where they cancel: an
 /// error is a share of the parts.
-struct Expected : Outcome {
+struct Expected : KernelOutcome {
   double loss_parts = 0, gradient_parts = 0;
 };
 
 /// Loss of each position and gradient of their mean, by the kernels; `gradient` is where the kernel is to write.
-Outcome by_kernel(const Job& job, const Tensor& gradient) {
+KernelOutcome by_kernel(const Job& job, const Tensor& gradient) {
   const auto type = arithmetic(job.logits.scalar_type());
   const auto settings = job.settings(type);
   REQUIRE(kernels::takes_cross_entropy(job.logits, settings));
@@ -80,13 +80,13 @@ Expected by_operations(const Job& job) {
 
 /// A float32 row: 1.2 for exp, 4 for at most 16 additions in each of 4 x lanes sums and their tree, 1 for the largest
 /// of the two parts of a loss; a gradient has 1 more for its factor and product.
-constexpr double steps = 10;
+constexpr double kernel_steps = 10;
 
 void check_against_operations(const Job& job) {
   const auto type = job.logits.scalar_type();
   const auto expected = by_operations(job);
   const auto found = by_kernel(job, torch::empty_like(job.logits));
-  const double relative = steps * epsilon(arithmetic(type));
+  const double relative = kernel_steps * epsilon(arithmetic(type));
   CHECK(difference(found.loss, expected.loss, relative, expected.loss_parts) == "");
   CHECK(difference(found.gradient, expected.gradient, relative, expected.gradient_parts) == "");
 }
@@ -148,8 +148,8 @@ TEST_CASE("A kernel reads and writes nothing beside its rows, wherever they star
           const Job job{inside, some_targets(rows, columns), {}, {}};
           const auto expected = by_operations(job);
           const auto found = by_kernel(job, gradient_inside);
-          CHECK(difference(found.loss, expected.loss, steps * epsilon(arithmetic(type))) == "");
-          CHECK(difference(found.gradient, expected.gradient, steps * epsilon(arithmetic(type))) == "");
+          CHECK(difference(found.loss, expected.loss, kernel_steps * epsilon(arithmetic(type))) == "");
+          CHECK(difference(found.gradient, expected.gradient, kernel_steps * epsilon(arithmetic(type))) == "");
           CHECK(gradient.isnan().sum().item<int64_t>() == rows * (room - columns));
         }
       }
@@ -259,8 +259,8 @@ TEST_CASE("Every policy's kernel agrees with its operations for every number of 
     const Tensor exact = compute_kl_divergence<FreeBits>(wide, options);  // float64 takes the operations
     const Tensor found = compute_kl_divergence<FreeBits>(narrow, options);
     const double also = free_bits * static_cast<double>(bits);  // what the hinge takes away
-    CHECK(difference(found, exact, steps * epsilon(torch::kFloat), also) == "");
-    CHECK(difference(gradient(found, narrow), gradient(exact, wide), steps * epsilon(torch::kFloat)) == "");
+    CHECK(difference(found, exact, kernel_steps * epsilon(torch::kFloat), also) == "");
+    CHECK(difference(gradient(found, narrow), gradient(exact, wide), kernel_steps * epsilon(torch::kFloat)) == "");
   };
   for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
