@@ -3,12 +3,9 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
-#include <c10/util/SmallVector.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <numeric>
-#include <utility>
 
 #include "free_transformer/detail/compilation.hpp"
 
@@ -17,16 +14,15 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 /// True if no two elements can lie in the same place: each stride is beyond all that the smaller ones reach. Tensors that
 /// interleave in another way (as_strided alone makes them) are taken for shared.
 inline bool elements_lie_apart(const at::Tensor& tensor) {
-  c10::SmallVector<std::pair<int64_t, int64_t>, 5> dimensions;  // stride, size
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    if (tensor.size(dim) == 0) return true;
-    if (tensor.size(dim) > 1) dimensions.emplace_back(tensor.stride(dim), tensor.size(dim));
-  }
-  std::sort(dimensions.begin(), dimensions.end());
-  int64_t reach = 0;
-  for (const auto& [stride, size] : dimensions) {
-    if (stride <= reach) return false;
-    reach += stride * (size - 1);
+  if (tensor.numel() == 0) return true;
+  const auto strides = tensor.strides(), sizes = tensor.sizes();
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    int64_t reach = 0;
+    for (size_t other = 0; other < sizes.size(); ++other) {
+      const bool is_smaller = strides[other] < strides[dim] || (strides[other] == strides[dim] && other < dim);
+      if (is_smaller) reach += strides[other] * (sizes[other] - 1);
+    }
+    if (sizes[dim] > 1 && strides[dim] <= reach) return false;
   }
   return true;
 }
