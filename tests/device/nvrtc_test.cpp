@@ -109,7 +109,7 @@ std::vector<Variant> few_variants() {
 
 int main(int count, char** arguments) {
   const bool every = count > 1 && std::string(arguments[1]) == "every";
-  Nvrtc nvrtc;
+  Nvrtc nvrtc{};
   void* const library = count > 2 ? dlopen(arguments[2], RTLD_LAZY) : nullptr;
   const std::string reason = count > 2 && library ? find_functions(library, nvrtc) : load_nvrtc(nvrtc);
   if (!reason.empty() || (count > 2 && !library)) {

@@ -17,8 +17,6 @@
 #include <thread>
 #include <vector>
 
-extern char** environ;
-
 namespace {
 
 struct Process {
@@ -84,6 +82,7 @@ int main(int count, char** arguments) {
   std::string folder = std::string(parent ? parent : "/tmp") + "/ranks_XXXXXX";
   if (mkdtemp(folder.data()) == nullptr) return std::perror("mkdtemp"), 2;
   std::vector<Process> processes;
+  processes.reserve(static_cast<size_t>(ranks));
   for (int rank = 0; rank < ranks; ++rank) processes.push_back(start(arguments + place, folder, rank, ranks));
   bool is_good = wait_for(processes, std::chrono::seconds(seconds));
   if (!is_good) std::cout << "killed after " << seconds << " s\n";

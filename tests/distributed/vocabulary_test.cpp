@@ -48,7 +48,7 @@ std::string difference_from_dense(const Tensor& logits, const Tensor& targets,
 
 VocabParallelLogits<> shard_of(const Tensor& logits, const Tensor& leaf_of_shard = {}) {
   const Tensor own = leaf_of_shard.defined() ? leaf_of_shard : Columns(logits.size(-1)).of(logits);
-  return VocabParallelLogits<>(own, group(), logits.size(-1));
+  return {own, group(), logits.size(-1)};
 }
 
 }  // namespace

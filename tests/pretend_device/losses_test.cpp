@@ -70,6 +70,7 @@ void check_same(const std::function<Tensor(const std::vector<Tensor>&, const Pla
                 const std::vector<Tensor>& inputs, torch::ScalarType type, double relative, double largest_term) {
   const auto run = [&](const Place& place, torch::ScalarType of_inputs) {
     std::vector<Tensor> leaves;
+    leaves.reserve(inputs.size());
     for (const auto& input : inputs) leaves.push_back(leaf(place(input.to(of_inputs))));
     const Tensor value = loss(leaves, place);
     const Tensor upstream = value.dim() == 0 ? torch::tensor(0.5) : eighths(value.sizes(), torch::kFloat, 5) / 8;
@@ -348,6 +349,7 @@ TEST_CASE("The fused head on a device takes a mix of types, each gradient in its
       const Tensor loss = compute_reconstruction_loss(LinearLogits(inputs[0], inputs[1], inputs[2]), beside);
       const auto gradients = without_waiting([&] { return torch::autograd::grad({loss}, inputs); });
       std::vector<Tensor> leaves;
+      leaves.reserve(inputs.size());
       for (const Tensor& input : inputs) leaves.push_back(leaf(on_host(input).to(torch::kDouble)));
       const Tensor expected = compute_reconstruction_loss(LinearLogits(leaves[0], leaves[1], leaves[2]), targets);
       const auto expected_gradients = torch::autograd::grad({expected}, leaves);
@@ -367,10 +369,10 @@ TEST_CASE("An ignored position reaches no gradient of the fused head on a device
     for (const bool has_options : {false, true}) {
       INFO(type << ", options " << has_options);
       Tensor wrong = hidden(), zero = hidden();  // target 7 stands at these two
-      for (const auto& position : {std::pair<int64_t, int64_t>{0, 2}, {1, 1}}) {
-        wrong[position.first][position.second].fill_(position.first == 0 ? not_a_number : reference::inf);
-        zero[position.first][position.second].fill_(0);
-      }
+      wrong[0][2].fill_(not_a_number);
+      wrong[1][1].fill_(reference::inf);
+      zero[0][2].fill_(0);
+      zero[1][1].fill_(0);
       auto options = ReconstructionLossOptions().ignore_index(7);
       if (has_options) options.z_loss(0.0078125);
       const Tensor beside = on_device(targets);

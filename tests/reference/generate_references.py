@@ -167,23 +167,23 @@ class LatentKL:
     z_logits: list
     free_bits: float
 
-    POLICIES = ("PerPosition", "PerBit", "BatchMean")
+    POLICIES = ("per_position", "per_bit", "batch_mean")
 
     def bit_kl(self, z_logits):
         return rows_of([bernoulli_kl(z) for z in z_logits], self.latent_dim)
 
     def penalties(self, policy, z_logits):
         kl, kappa = self.bit_kl(z_logits), mpf(self.free_bits)
-        if policy == "PerPosition":
+        if policy == "per_position":
             return [hinge(mpmath.fsum(row) - kappa) for row in kl]
-        if policy == "PerBit":
+        if policy == "per_bit":
             return [mpmath.fsum(hinge(bit - kappa) for bit in row) for row in kl]
         mean = mpmath.fsum(mpmath.fsum(row) for row in kl) / len(kl)
         return [mpmath.fsum(row) - kappa if mean > kappa else mpf(0) for row in kl]
 
     def mean(self, policy, z_logits):
-        """BatchMean by its own equation, max(0, mean_t KL_t - kappa)."""
-        if policy == "BatchMean":
+        """batch_mean by its own equation, max(0, mean_t KL_t - kappa)."""
+        if policy == "batch_mean":
             kl = self.bit_kl(z_logits)
             return hinge(mpmath.fsum(mpmath.fsum(row) for row in kl) / len(kl) - mpf(self.free_bits))
         penalties = self.penalties(policy, z_logits)
@@ -429,9 +429,9 @@ class LatentOptions:
 
     def penalties(self, policy, z_logits, prior):
         kl, kappa, u = self.bit_kl(z_logits, prior), mpf(self.free_bits), self.u()
-        if policy == "PerPosition":
+        if policy == "per_position":
             return [weight * hinge(mpmath.fsum(row) - kappa) for weight, row in zip(u, kl)]
-        if policy == "PerBit":
+        if policy == "per_bit":
             return [weight * mpmath.fsum(hinge(bit - kappa) for bit in row) for weight, row in zip(u, kl)]
         mean = mpmath.fsum(weight * mpmath.fsum(row) for weight, row in zip(u, kl)) / mpmath.fsum(u)
         return [weight * (mpmath.fsum(row) - kappa) if mean > kappa else mpf(0) for weight, row in zip(u, kl)]
@@ -614,8 +614,8 @@ class VAELoss:
         kl = self.latent.bit_kl([mpf(z) for z in self.latent.z_logits])
         positions = len(kl)
         raw_kl = mpmath.fsum(mpmath.fsum(row) for row in kl) / positions
-        above = {"PerPosition": lambda row: mpmath.fsum(row) > kappa, "PerBit": lambda row: max(row) > kappa,
-                 "BatchMean": lambda row: mpmath.fsum(row) > kappa}[self.policy]
+        above = {"per_position": lambda row: mpmath.fsum(row) > kappa, "per_bit": lambda row: max(row) > kappa,
+                 "batch_mean": lambda row: mpmath.fsum(row) > kappa}[self.policy]
         bit_means = [mpmath.fsum(row[bit] for row in kl) / positions for bit in range(self.latent.latent_dim)]
         kl_weighted = mpf(self.beta_kl) * latent["mean"]
         bound = reconstruction["mean"] + raw_kl
@@ -646,13 +646,13 @@ def vae_cases():
 
     a_bit_below_its_share = [0.125, 3.0, -0.25, 1.0, 0.25, -2.0, 0.125, -0.5, -0.125, 4.0, 0.25, 0.75, 0.0, 0.0, 0.125, 0.0]
     return [
-        case("defaults", "PerPosition", 1.0, 0.3466, [0, 4, 2, 3], latent_dim=16, largest=0.75),
-        case("some positions above the budget", "PerPosition", 0.5, 0.25, [0, -100, 2, -100], z=a_bit_below_its_share),
-        case("a budget for each bit", "PerBit", 2.0, 0.125, [1, 3, 3, 0], ignore_index=3, z=a_bit_below_its_share),
-        case("a budget for the batch", "BatchMean", 0.25, 0.25, [4, 0, -100, 1], z=a_bit_below_its_share),
-        case("a budget for the batch that is not reached", "BatchMean", 1.5, 2.0, [4, 0, 2, 1], z=a_bit_below_its_share),
-        case("no weight on the latent term", "PerPosition", 0.0, 0.0, [4, 0, 2], largest=5.0),
-        case("everything ignored", "PerPosition", 1.0, 0.0, [-100, -100], largest=5.0),
+        case("defaults", "per_position", 1.0, 0.3466, [0, 4, 2, 3], latent_dim=16, largest=0.75),
+        case("some positions above the budget", "per_position", 0.5, 0.25, [0, -100, 2, -100], z=a_bit_below_its_share),
+        case("a budget for each bit", "per_bit", 2.0, 0.125, [1, 3, 3, 0], ignore_index=3, z=a_bit_below_its_share),
+        case("a budget for the batch", "batch_mean", 0.25, 0.25, [4, 0, -100, 1], z=a_bit_below_its_share),
+        case("a budget for the batch that is not reached", "batch_mean", 1.5, 2.0, [4, 0, 2, 1], z=a_bit_below_its_share),
+        case("no weight on the latent term", "per_position", 0.0, 0.0, [4, 0, 2], largest=5.0),
+        case("everything ignored", "per_position", 1.0, 0.0, [-100, -100], largest=5.0),
     ]
 
 
@@ -710,7 +710,7 @@ inline constexpr double inf = std::numeric_limits<double>::infinity();
 /// The least precise type that holds the inputs exactly; in_half: float16 and bfloat16.
 enum class Exact { in_half, in_float32, in_float64 };
 
-enum class Policy { PerPosition, PerBit, BatchMean };
+enum class Policy { per_position, per_bit, batch_mean };
 
 struct CrossEntropyCase {
   const char* name;

@@ -138,7 +138,7 @@ inline Tensor gradient(const Tensor& loss, const Tensor& input, const Tensor& up
 /// for a fifth derivative of 100, and the rounding of values near 10 adds 1e-15/h < 1e-12.
 inline Tensor five_point_gradient(const std::function<double(const Tensor&)>& function, const Tensor& x) {
   constexpr double step = 1.0 / 256;
-  const Tensor result = torch::zeros(x.sizes(), torch::kDouble);
+  Tensor result = torch::zeros(x.sizes(), torch::kDouble);
   const Tensor point = x.detach().clone(torch::MemoryFormat::Contiguous);
   for (int64_t index = 0; index < x.numel(); ++index) {
     double& element = point.data_ptr<double>()[index];

@@ -16,9 +16,9 @@ VAELossOutput call(const reference::VAECase& input, const Tensor& logits, const 
                                               input.free_bits, input.ignore_index);
   };
   switch (input.policy) {
-    case reference::Policy::PerBit:
+    case reference::Policy::per_bit:
       return with(PerBit());
-    case reference::Policy::BatchMean:
+    case reference::Policy::batch_mean:
       return with(BatchMean());
     default:
       return with(PerPosition());

@@ -69,6 +69,7 @@ double milliseconds(const std::function<Tensor()>& call) {
   const double once = round(2);
   const int64_t calls = std::clamp<int64_t>(static_cast<int64_t>(200 / once), 1, 1000);
   std::vector<double> rounds;
+  rounds.reserve(5);
   for (int index = 0; index < 5; ++index) rounds.push_back(round(calls));
   std::nth_element(rounds.begin(), rounds.begin() + 2, rounds.end());
   return rounds[2];
@@ -90,7 +91,7 @@ std::vector<Row> cross_entropy_rows(const torch::TensorOptions& options, int64_t
   const Tensor logits = random_logits({tokens, classes}, options);
   const Tensor targets = torch::arange(tokens).remainder(classes).to(options.device());
   const Tensor leaf = logits.detach().requires_grad_();
-  const double bytes = static_cast<double>(logits.nbytes());
+  const auto bytes = static_cast<double>(logits.nbytes());
   const auto eager = [=] { return gradient_of(F::cross_entropy(leaf, targets), leaf); };
   const auto fresh = [=] { return gradient_of(compute_reconstruction_loss(leaf, targets), leaf); };
   const auto inplace = [=] {  // the logits are written over, and so copied first
@@ -115,7 +116,7 @@ Row latent_row(const torch::TensorOptions& options, int64_t tokens) {
     const Tensor kl = (p * (2 * p).log() + (1 - p) * (2 * (1 - p)).log()).sum(-1);
     return gradient_of((kl - 0.3466).clamp_min(0).mean(), leaf);
   };
-  const double bytes = static_cast<double>(leaf.nbytes());
+  const auto bytes = static_cast<double>(leaf.nbytes());
   return {"latent KL, " + std::to_string(tokens) + " x 16 " + c10::toString(options.dtype().toScalarType()),
           [=] { return gradient_of(compute_kl_divergence(leaf), leaf); },
           formula,
@@ -130,7 +131,7 @@ Row head_row(const torch::TensorOptions& options, int64_t tokens, int64_t classe
   const Tensor weight = (random_logits({classes, width}, options) / 96).requires_grad_();
   const Tensor targets = torch::arange(tokens).remainder(classes).to(options.device());
   const auto step = [=](const Tensor& loss) { return torch::autograd::grad({loss}, {hidden, weight})[1]; };
-  const double bytes = static_cast<double>(weight.nbytes());
+  const auto bytes = static_cast<double>(weight.nbytes());
   return {"head and products, " + std::to_string(tokens) + " x " + std::to_string(classes) + ", width " +
               std::to_string(width) + " " + c10::toString(options.dtype().toScalarType()),
           [=] { return step(compute_reconstruction_loss(LinearLogits(hidden, weight), targets)); },

@@ -5,10 +5,10 @@
 /// differs between the two depends on a race. Shared memory keeps what the block before has left, as on a device.
 #pragma once
 
-#include <math.h>
-#include <setjmp.h>
+#include <math.h>  // NOLINT(modernize-deprecated-headers): the kernels' texts have its names without std::
 #include <ucontext.h>
 
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -101,7 +101,7 @@ class Block {
   volatile bool progress_ = false;
 
   static void run_thread();
-  [[gnu::noinline]] void prepare(Fiber& fiber);
+  [[gnu::noinline]] static void prepare(Fiber& fiber);
   [[gnu::noinline]] void resume(unsigned thread);  // no caller's variable lives in a function that is jumped into
   void run_block(Order order);
 
@@ -163,7 +163,7 @@ inline unsigned short half_of_float(float value) {
   if (magnitude == 0.0f) exponent = -24;
   const int last_digit = exponent - 11 < -24 ? -24 : exponent - 11;
   const float digits = nearbyintf(ldexpf(magnitude, -last_digit));  // at most 2048
-  const unsigned number = static_cast<unsigned>(digits);
+  const auto number = static_cast<unsigned>(digits);
   const unsigned bits = last_digit == -24 ? number : number + (static_cast<unsigned>(last_digit + 24) << 10);
   return static_cast<unsigned short>(sign | bits);
 }

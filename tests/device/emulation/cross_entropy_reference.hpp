@@ -43,7 +43,7 @@ inline RowResult reference_row(const std::vector<float>& logits, const RowSettin
   const auto target = static_cast<size_t>(settings.target);
   const Real cap = settings.softcap;
   std::vector<Real> x(columns), slope(columns, 1), slope_tolerance(columns, 0), uncertainty(columns, 0);
-  Real largest = -infinite;
+  Real largest = -Real(infinite);
   bool is_nan = false;
   RowResult row;
   for (size_t c = 0; c < columns; ++c) {
@@ -55,7 +55,7 @@ inline RowResult reference_row(const std::vector<float>& logits, const RowSettin
       slope_tolerance[c] = slope[c] * epsilon * (std::isinf(logits[c]) ? 0 : 4 * std::fabs(Real(logits[c])) / cap + 12);
       uncertainty[c] = 6 * std::fabs(x[c]);
     }
-    is_nan = is_nan || std::isnan(x[c]) || x[c] == infinite;
+    is_nan = is_nan || std::isnan(x[c]) || x[c] == Real(infinite);
     if (x[c] > largest) {
       largest = x[c];
       row.prediction = static_cast<int64_t>(c);

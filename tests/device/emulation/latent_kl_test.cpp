@@ -264,7 +264,9 @@ void check_every_size_of_logit(const std::vector<LatentKernel>& kernels) {
       input.logits.push_back(__uint_as_float(bits));
       if (input.logits.size() % 2) input.logits.back() *= -1;
     }
-    for (float x = 1.5f; x < 5.0f; x += 1.7e-5f) input.logits.push_back(x);  // around the polynomials' ends
+    for (int step = 0; step < 200000; ++step) {  // from 1.5 to 5, around the polynomials' ends
+      input.logits.push_back(1.5f + 1.75e-5f * static_cast<float>(step));
+    }
     input.rows = input.logits.size();
     input.divisor = {device::Divisor::one, 0, nullptr};
     const Output out = run(input, kernel, Order::ascending);

@@ -24,7 +24,7 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 class OverwrittenLogits {
  public:
   static OverwrittenLogits& instance() {
-    static OverwrittenLogits& all = process_wide<OverwrittenLogits>("overwritten_logits_1");  // 1: this layout
+    static auto& all = process_wide<OverwrittenLogits>("overwritten_logits_1");  // 1: this layout
     return all;
   }
 

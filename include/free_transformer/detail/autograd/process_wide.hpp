@@ -4,8 +4,8 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/function_schema.h>
-#include <torch/csrc/jit/frontend/function_schema_parser.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/jit/frontend/function_schema_parser.h>
 
 #include <cstdint>
 #include <memory>
@@ -32,16 +32,15 @@ template <typename Object>
     auto made = std::make_unique<Object>();
     const auto own_address = reinterpret_cast<intptr_t>(made.get());
     try {
-      static_cast<void>(new c10::RegistrationHandleRAII(
-          c10::Dispatcher::singleton().registerDef(
-              torch::jit::parseSchema(name + "(int address=" + std::to_string(own_address) + ") -> ()"), name)));
+      static_cast<void>(new c10::RegistrationHandleRAII(c10::Dispatcher::singleton().registerDef(
+          torch::jit::parseSchema(name + "(int address=" + std::to_string(own_address) + ") -> ()"), name)));
       static_cast<void>(made.release());
     } catch (const c10::Error&) {  // another copy was faster
     }
     address = known_address(name);
     TORCH_CHECK(address != 0, name, " cannot be made known to LibTorch");
   }
-  return *reinterpret_cast<Object*>(address);
+  return *reinterpret_cast<Object*>(address);  // NOLINT(performance-no-int-to-ptr): the dispatcher keeps numbers
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

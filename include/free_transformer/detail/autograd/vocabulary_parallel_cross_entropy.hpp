@@ -128,9 +128,9 @@ class ShardHeadPass final : public VocabularyParallelPass {
     if (wants_bias) wanted.bias = at::zeros({shard_.classes}, hidden.options().dtype(type));
     for_each_shard_block(classes, hidden, [&](const at::Tensor& logits, int64_t first, const at::Tensor& block) {
       write_gradient(logits, first, upstream, logits);
-      const at::Tensor of_hidden =
+      const at::Tensor hidden_gradient =
           wanted.hidden.defined() ? wanted.hidden.narrow(0, first, block.size(0)) : at::Tensor();
-      add_to_gradients(classes, block, logits, of_hidden, wanted, /*is_first_block=*/first == 0);
+      add_to_gradients(classes, block, logits, hidden_gradient, wanted, /*is_first_block=*/first == 0);
     });
     return finished(wanted, inputs);
   }
@@ -138,7 +138,7 @@ class ShardHeadPass final : public VocabularyParallelPass {
   Tensors finished(LinearGradients& sums, const LinearInputs& inputs) const {
     const auto padded = [&](const at::Tensor& gradient, const at::Tensor& like) {
       if (shard_.classes == shard_.columns) return gradient.to(like.scalar_type());
-      const at::Tensor all = at::zeros(like.sizes(), like.options());
+      at::Tensor all = at::zeros(like.sizes(), like.options());
       all.narrow(0, 0, shard_.classes).copy_(gradient);
       return all;
     };

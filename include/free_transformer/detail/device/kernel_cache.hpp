@@ -186,7 +186,7 @@ class KernelCache {
 
 /// The process's; never destroyed, as threads may launch until its end.
 inline KernelCache& kernel_cache() {
-  static KernelCache* const cache = new KernelCache;
+  static auto* const cache = new KernelCache;
   return *cache;
 }
 

@@ -47,6 +47,7 @@ struct CompiledKernel {
   options.push_back(for_architecture);
   options.insert(options.end(), more.begin(), more.end());
   std::vector<const char*> pointers;
+  pointers.reserve(options.size());
   for (const std::string& option : options) pointers.push_back(option.c_str());
 
   void* program = nullptr;
@@ -57,20 +58,21 @@ struct CompiledKernel {
     size_t size = 0;
     if (nvrtc.log_size(program, &size) == 0 && size > 1) {
       compiled.log.resize(size);
-      if (nvrtc.log(program, &compiled.log[0]) != 0) compiled.log.clear();
+      if (nvrtc.log(program, compiled.log.data()) != 0) compiled.log.clear();
+      compiled.log = compiled.log.substr(0, compiled.log.find('\0'));  // NVRTC counts its closing 0
     }
     const bool is_ptx = for_architecture.find("compute_") != std::string::npos;
     if (error == 0) error = (is_ptx ? nvrtc.ptx_size : nvrtc.cubin_size)(program, &size);
     if (error == 0) {
       compiled.binary.resize(size);
-      error = (is_ptx ? nvrtc.ptx : nvrtc.cubin)(program, &compiled.binary[0]);
+      error = (is_ptx ? nvrtc.ptx : nvrtc.cubin)(program, compiled.binary.data());
     }
     nvrtc.destroy(&program);
   }
   if (error != 0) {
     compiled.binary.clear();
     compiled.reason = std::string("NVRTC could not compile ") + variant.name() + " with " + for_architecture + ": " +
-                      nvrtc.error_text(error) + "\n" + compiled.log.c_str();
+                      nvrtc.error_text(error) + "\n" + compiled.log;
   } else if (compiled.binary.empty()) {
     compiled.reason = std::string("NVRTC made nothing of ") + variant.name();
   }

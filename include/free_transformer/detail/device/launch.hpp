@@ -49,13 +49,13 @@ inline std::string launch_latent_kl(LatentJob job, Element element, kernels::Hin
     LatentJob of_sums = job;
     of_sums.gradient = nullptr;
     of_sums.penalty = nullptr;
-    const std::string reason = cache.launch(Kernel::latent_kl_positions, variant, grid, place, &of_sums);
+    std::string reason = cache.launch(Kernel::latent_kl_positions, variant, grid, place, &of_sums);
     if (!reason.empty() || !(job.gradient || job.penalty)) return reason;
     job.sums = nullptr;
     job.scale = job.totals;
     job.mean_kl = job.totals + 1;
   } else if (job.sums && job.gradient) {
-    const std::string reason = cache.launch(Kernel::latent_kl_scale, variant, grid_of_batch(job.rows), place, &job);
+    std::string reason = cache.launch(Kernel::latent_kl_scale, variant, grid_of_batch(job.rows), place, &job);
     if (!reason.empty()) return reason;
     job.scale = job.totals;
   }

@@ -101,8 +101,8 @@ struct TrialHinge {
   const auto expected = plain::latent_rows<TrialHinge>(z_logits, settings, Normalization(), {}, {},
                                                        {/*penalty=*/true, /*gradient=*/true});
   LatentRowResults found;
-  const std::string reason = launch_latent_rows(kernels::Hinge::per_position, z_logits, settings, Normalization(),
-                                                /*wants_penalty=*/true, /*wants_gradient=*/true, place, found);
+  std::string reason = launch_latent_rows(kernels::Hinge::per_position, z_logits, settings, Normalization(),
+                                          /*wants_penalty=*/true, /*wants_gradient=*/true, place, found);
   if (!reason.empty()) return reason;
   const bool agrees = agree(found.gradient, expected.gradient) && agree(found.penalty, expected.penalty) &&
                       agree(found.sums, expected.sums);

@@ -55,7 +55,7 @@ std::array<double, found_count> agree(const char* function, const RankGroup& ran
                                       const std::exception_ptr& refusal) {
   const auto none = -std::numeric_limits<double>::max();
   const at::Tensor numbers = at::full({int64_t{1 + 2 * count + found_count}}, none, at::kDouble);
-  double* number = numbers.data_ptr<double>();
+  auto* number = numbers.data_ptr<double>();
   if (refusal) {
     number[0] = static_cast<double>(ranks.rank());
   } else {

@@ -38,7 +38,7 @@ class RankGroup {
   at::Tensor gather(const char* function, const at::Tensor& values) const {
     auto shape = values.sizes().vec();
     shape.insert(shape.begin(), size());
-    const at::Tensor all = at::empty(shape, values.options());
+    at::Tensor all = at::empty(shape, values.options());
     if (values.numel() > 0) with_ranks_named(function, [&] { collectives_->gather(values, all.unbind(0)); });
     return all;
   }

@@ -37,7 +37,7 @@ inline VocabularyRows summed_rows(const char* function, const RankGroup& ranks, 
 inline at::Tensor most_likely_class(const ShardRows& rows, const at::Tensor& target, const at::Tensor& targets) {
   const at::Tensor logits = at::cat({rows.maximum, target.unsqueeze(0)});
   const at::Tensor classes = at::cat({rows.runner_up, targets.to(at::kDouble).unsqueeze(0)});
-  const at::Tensor is_highest = (logits == logits.amax(0)) | (logits != logits);
+  const at::Tensor is_highest = (logits == logits.amax(0)) | logits.isnan();
   return classes.masked_fill(is_highest == 0, std::numeric_limits<double>::max()).amin(0).to(at::kLong);
 }
 

@@ -153,7 +153,7 @@ inline at::Tensor range_of(const ShardRows& rows, const ShardTargets& targets, c
   }
   const at::Tensor target = rows.target.masked_fill(targets.is_here.squeeze(1) == 0, -infinity);
   const at::Tensor reach = at::maximum(rows.maximum, target);
-  const at::Tensor is_unusable = left_out | (reach != reach) | (reach == infinity);  // such a row's loss is NaN anyway
+  const at::Tensor is_unusable = left_out | reach.isnan() | (reach == infinity);  // such a row's loss is NaN anyway
   return at::stack({reach.masked_fill(is_unusable, -largest).max(), reach.masked_fill(is_unusable, largest).min()})
       .clamp_min_(-largest);
 }
