@@ -184,38 +184,50 @@ def row_of(cell, workshop, with_strangers):
 
 
 def groups_of_units(commands, wanted):
-    """Units that are compiled alike and stand below one .clang-tidy. One that adds to a namespace is read alone."""
-    tests, flags, groups = SOURCE / "tests", collections.defaultdict(set), collections.defaultdict(list)
+    """Flags, and the units that are compiled with them and stand below one .clang-tidy. One that adds to a namespace of
+    a header is read alone."""
+    tests, groups = SOURCE / "tests", collections.defaultdict(set)
     for entry in commands:
         unit = pathlib.Path(entry["file"])
-        if tests in unit.parents and re.search(wanted, str(unit)):
-            flags[unit].add(re.sub(r" -o \S+ -c \S+$", "", entry["command"]))
-    for unit in sorted(flags):
-        alone = unit if re.search(r"^namespace [\w:]+ {", unit.read_text(), re.MULTILINE) else None
-        groups[unit.relative_to(tests).parts[0], frozenset(flags[unit]), alone].append(unit)
-    return [group[first:first + UNITS_AT_A_TIME] for group in groups.values()
-            for first in range(0, len(group), UNITS_AT_A_TIME)]
+        if tests not in unit.parents or not re.search(wanted, str(unit)): continue
+        alone = unit if re.search(r"^namespace (?!user )[\w:]+ {", unit.read_text(), re.MULTILINE) else None
+        flags = re.sub(r"^\S+ | -o \S+ -c \S+$", "", entry["command"])
+        groups[unit.relative_to(tests).parts[0], flags, alone].add(unit)
+    return [(flags, sorted(units)[first:first + UNITS_AT_A_TIME])
+            for (_, flags, _), units in sorted(groups.items(), key=str)
+            for first in range(0, len(units), UNITS_AT_A_TIME)]
 
 
-def directives_of(unit):
-    """What it includes, and when, as any other file may write it."""
-    def from_anywhere(quoted):
-        beside = unit.parent / quoted[1]
-        return f'"{beside}"' if beside.exists() else quoted[0]
-    lines = re.findall(r"^#\s*(?:include|if|ifdef|ifndef|elif|else|endif)\b.*", unit.read_text(), re.MULTILINE)
-    return [re.sub(r'"([^"]+)"', from_anywhere, line) if "include" in line else line for line in lines]
+def text_from_anywhere(unit):
+    def absolute(include):
+        beside = unit.parent / include[2]
+        return f'{include[1]}"{beside}"' if beside.exists() else include[0]
+    return re.sub(r'^(#\s*include )"([^"]+)"', absolute, unit.read_text(), flags=re.MULTILINE)
 
 
-def write_earlier_units(units, place):
-    """Each in a namespace of its own, where its headers, included before, are empty."""
-    lines = [line for unit in units for line in directives_of(unit)]
-    lines += [f'namespace unit_{index} {{\n#include "{unit}"\n}}' for index, unit in enumerate(units)]
-    place.write_text("\n".join(lines) + "\n")
+def one_unit(group, place):
+    """The units of a group, each in a namespace of its own, after all that they include. A file that included them
+    would not do: the analyzer follows the functions of the main file."""
+    if len(group) == 1: return group[0]
+    texts = [text_from_anywhere(unit) for unit in group]
+    lines = []
+    for text in texts:
+        directives = re.findall(r"^#\s*(?:include|if|ifdef|ifndef|elif|else|endif)\b.*", text, re.MULTILINE)
+        lines += [line for line in directives if "include" not in line or line not in lines]  # its own duplicates stay
+    for unit, text in zip(group, texts):
+        lines += [f"namespace of_{unit.stem} {{", re.sub(r"^#\s*include .*", "", text, flags=re.MULTILINE), "}"]
+    folder = group[0].relative_to(SOURCE).parts[1]
+    whole = place / "tests" / folder / f"from_{group[0].stem}.cpp"
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    whole.write_text("\n".join(lines) + "\n")
+    for configuration in [".clang-tidy", f"tests/{folder}/.clang-tidy"]:
+        if (SOURCE / configuration).exists(): shutil.copy(SOURCE / configuration, place / configuration)
+    return whole
 
 
 def tidy_row(workshop, wanted):
     """clang-tidy over every unit of the tests and, through them, every header. It takes two minutes for LibTorch's
-    headers, which the units of a group share: the last one is read with the others before it."""
+    headers, which the units of a group share."""
     begin = time.monotonic()
     folder, log = workshop.folder / "tidy", workshop.folder / "tidy" / "log.txt"
     shutil.rmtree(folder, ignore_errors=True)
@@ -225,18 +237,17 @@ def tidy_row(workshop, wanted):
     groups = groups_of_units(json.loads((folder / "compile_commands.json").read_text()), wanted)
 
     def is_clean(number):
-        *earlier, last = groups[number]
-        before = folder / f"before_{number}.hpp"
-        write_earlier_units(earlier, before)
-        return workshop.run(["clang-tidy-14", "--quiet", "--warnings-as-errors=*", "-p", folder, "--extra-arg=-include",
-                             f"--extra-arg={before}", last], folder / f"log_{number}.txt", limit=3600)
+        flags, group = groups[number]
+        return workshop.run(["clang-tidy-14", "--quiet", "--warnings-as-errors=*", one_unit(group, folder), "--",
+                             *shlex.split(flags)], folder / f"log_{number}.txt", limit=3600)
 
     with concurrent.futures.ThreadPoolExecutor(workshop.jobs) as pool:
         clean = list(pool.map(is_clean, range(len(groups))))
     outcome = "passes" if clean and all(clean) else "FAILS"
-    units = sum(len(group) for group, group_is_clean in zip(groups, clean) if group_is_clean)
+    units = {unit for _, group in groups for unit in group}
+    unclean = {unit for (_, group), group_is_clean in zip(groups, clean) if not group_is_clean for unit in group}
     return ["x86-64", "1.13.1 (Debian)", "clang-tidy-14", "C++17", "", outcome,
-            f"{units} of {sum(map(len, groups))}", f"{time.monotonic() - begin:.0f} s"]
+            f"{len(units - unclean)} of {len(units)}", f"{time.monotonic() - begin:.0f} s"]
 
 
 def table_of(rows):
