@@ -29,8 +29,8 @@ for seed in 4 2; do
   done
 done
 
-# The third of three steps is half way from the first budget, 1 bit, to its own, 1/8 bit; 8 bits are above the first and stay.
-for pair in 0.125:0.5625 8:8; do
+# The third of three steps is half way from the first budget, 8 bits, to its own.
+for pair in 0.125:4.0625 1:4.5 8:8; do
   awk -F, -v expected="${pair#*:}" 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == "free_bits") column = i }
                                     END { exit !(NR == 2 && ($column - expected) ^ 2 < 1e-12) }' \
     "check_synthetic/seed_4/kappa_${pair%:*}/training_log.csv" || fail "${pair%:*} free bits are not ${pair#*:} in the third step"

@@ -34,10 +34,10 @@ struct SyntheticSettings {
   std::filesystem::path output_folder = "synthetic_output";
   std::vector<uint64_t> seeds{1, 2, 3};
   std::vector<double> free_bits{1.0 / 64.0, 1.0 / 8.0, 1.0, 8.0};
-  // With a small budget from the first step the decoder has learnt to do without Z before Z says anything, and never reads
-  // it. So a smaller budget than this begins here.
-  double first_free_bits = 1.0;
-  int64_t annealing = 2200;
+  // With a small budget from the first step the decoder may have learnt to do without Z before Z says anything, and never
+  // read it. So every budget begins with all that Z can hold.
+  double first_free_bits = 8.0;
+  int64_t annealing = 1500;
   int64_t lines = 20000;
   int64_t latents = 24;
   int64_t samples = 8;
@@ -48,7 +48,7 @@ struct SyntheticSettings {
     training.model.width = 64;
     training.model.latent_dim = 8;  // what the largest budget fills
     training.batch_size = 8;
-    training.optimizer.learning_rate = 6e-3;
+    training.optimizer.learning_rate = 2e-3;  // with 6e-3 what the decoder has read in Z is lost again
     training.steps = 3500;
     training.minutes = 0.0;
     return training;
