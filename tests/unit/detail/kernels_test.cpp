@@ -303,14 +303,14 @@ TEST_CASE("Subnormal half numbers keep their value while the processor flushes f
   const Tensor wide = z.to(torch::kDouble).squeeze(1);
   for (const auto set : available_instruction_sets()) {
     const Forced forced(set);
-    REQUIRE(at::globalContext().setFlushDenormal(true));
+    REQUIRE(at::Context::setFlushDenormal(true));
     const Tensor input = leaf(z);
     const Tensor kl =
         compute_kl_divergence(input, KLDivergenceOptions().latent_dim(1).free_bits(0).reduction(torch::kNone));
     const Tensor slope = gradient((kl * 65536).sum(), input);
     const Tensor logits = torch::cat({z, torch::zeros_like(z)}, 1);
     const Tensor of_logits = compute_token_statistics(logits, torch::zeros({1023}, torch::kLong)).log_sum_exp;
-    at::globalContext().setFlushDenormal(false);
+    at::Context::setFlushDenormal(false);
     CHECK(difference(kl, wide.square() / 8, 4 * epsilon(torch::kFloat)) == "");
     CHECK(difference(slope.squeeze(1), wide / 4 * 65536, 4 * epsilon(torch::kFloat)) == "");
     CHECK(difference(of_logits - std::log(2.0), wide / 2, 4 * epsilon(torch::kFloat), 1) == "");
