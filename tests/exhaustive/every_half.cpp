@@ -15,21 +15,21 @@
 
 namespace exhaustive {
 
-struct Type {
+struct HalfType {
   const char* name;
   at::ScalarType type;
   int fraction_bits, smallest_exponent;
   double permitted_gradient_ulp;
 };
 
-constexpr Type types[] = {
+constexpr HalfType types[] = {
     {"float16", at::kHalf, 10, -14, 0.5 + 4.0 / (1 << 13)},
     {"bfloat16", at::kBFloat16, 7, -126, 0.5 + 4.0 / (1 << 16)},
     {"float32", at::kFloat, 23, -126, 4.0},
 };
 
 /// All numbers of a half type. Of float32, those of bfloat16 with other last bits.
-at::Tensor numbers(const Type& of) {
+at::Tensor numbers(const HalfType& of) {
   const at::Tensor index = at::arange(65536, at::kInt);
   if (of.type != at::kFloat) return index.to(at::kShort).view(of.type);
   return (index * 65536 + index * 40503 % 65536).view(at::kFloat);
@@ -58,7 +58,7 @@ struct Worst {
   }
 };
 
-bool try_type(const Type& of) {
+bool try_type(const HalfType& of) {
   const at::Tensor logits = numbers(of).unsqueeze(1).requires_grad_();
   const auto options =
       free_transformer::KLDivergenceOptions().latent_dim(1).free_bits(0).reduction(torch::enumtype::kNone{});
