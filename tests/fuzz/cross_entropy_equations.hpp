@@ -24,7 +24,7 @@ struct Softmax {
   Expected log_sum_exp;  ///< [N]
 };
 
-/// d tanh(x/c) c = 4 e/(1+e)², e = exp(-2|x|/c), whose relative error is that of its exponent.
+/// d tanh(x/c) c = 4 e/(1+e)², e = exp(-2|x|/c), whose relative error is that of its exponent: of its steps and of x.
 inline void cap(Softmax& of, const at::Tensor& logits, double softcap, double step) {
   of.logits = logits;
   of.cap_slope = at::ones_like(logits);
@@ -33,7 +33,9 @@ inline void cap(Softmax& of, const at::Tensor& logits, double softcap, double st
   const at::Tensor exponent = (2 / softcap * logits.abs()).clamp_max(746), e = (-exponent).exp();
   of.logits = softcap * (logits / softcap).tanh();
   of.cap_slope = 4 * e / (1 + e).square();
-  of.cap_slope_error = (16 + 2 * exponent) * step * of.cap_slope + 4 * smallest(at::kFloat);
+  const at::Tensor moved = (2 / softcap * of.logits_error).clamp_max(700).expm1();
+  const at::Tensor relative = (16 + 2 * exponent) * step + moved;
+  of.cap_slope_error = (relative * of.cap_slope).clamp_max(1) + 4 * smallest(at::kFloat);
   of.logits_error = of.logits_error + 6 * step * of.logits.abs().amax(-1, /*keepdim=*/true);
 }
 
@@ -124,7 +126,8 @@ inline CrossEntropyTerms cross_entropy_terms(const at::Tensor& logits, const at:
                        (column(lse.value.abs()) * (p.tolerance + 8 * step * p.value) +
                         column(lse.tolerance) * (p.value + p.tolerance))};
   for (Expected* all : {&of.likelihood_gradient, &of.z_gradient}) {
-    all->tolerance = all->tolerance * of.softmax.cap_slope + all->value.abs() * of.softmax.cap_slope_error;
+    all->tolerance = all->tolerance * (of.softmax.cap_slope + of.softmax.cap_slope_error) +
+                     all->value.abs() * of.softmax.cap_slope_error;
     all->value = all->value * of.softmax.cap_slope;
   }
 

@@ -57,8 +57,17 @@ inline ExpectedReconstruction expected_reconstruction(const at::Tensor& logits, 
     return (divides_by_0 ? all.known_where(at::zeros_like(all.value, at::kBool)) : all).only(counts);
   };
   expected.losses = scaled(terms.likelihood, terms.z, weight, expected.counts);
+  // A term may overflow before a small share or scale comes; in the gradient it is an infinite factor of probabilities of 0.
+  at::Tensor largest_term = at::stack({terms.likelihood.value, terms.z.value, expected.losses.value}).abs().amax(0);
+  if (has_probabilities || options.label_smoothing() > 0) {
+    const at::Tensor& surprise = terms.softmax.surprise.value;
+    largest_term = largest_term.maximum(surprise.masked_fill(surprise == infinity, 0).amax(-1));
+  }
+  const at::Tensor is_infinite = largest_term >= largest(arithmetic(type));
+  expected.losses = expected.losses.known_where((is_infinite & expected.losses.value.isfinite()).logical_not());
   expected.gradient =
-      scaled(terms.likelihood_gradient, terms.z_gradient, weight.unsqueeze(1), expected.counts.unsqueeze(1));
+      scaled(terms.likelihood_gradient, terms.z_gradient, weight.unsqueeze(1), expected.counts.unsqueeze(1))
+          .known_where(is_infinite.logical_not().unsqueeze(1));
   return expected;
 }
 
