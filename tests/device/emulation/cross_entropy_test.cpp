@@ -445,10 +445,7 @@ void check_references(const std::vector<RowsKernel>& kernels) {
 
 int main() {
   using namespace emulation;
-  std::vector<RowsKernel> kernels;
-  add_rows_of_element_0(kernels);
-  add_rows_of_element_1(kernels);
-  add_rows_of_element_2(kernels);
+  const std::vector<RowsKernel> kernels = all_rows_kernels();
   check_sizes(kernels);
   check_blocks(kernels);
   check_special_values(kernels);

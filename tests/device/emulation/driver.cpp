@@ -36,11 +36,7 @@ Function function_of(void (*kernel)(const Job&)) {
 }
 
 Function rows_of(const Module& module) {
-  std::vector<RowsKernel> all;
-  add_rows_of_element_0(all);
-  add_rows_of_element_1(all);
-  add_rows_of_element_2(all);
-  for (const RowsKernel& kernel : all) {
+  for (const RowsKernel& kernel : all_rows_kernels()) {
     if (static_cast<int>(kernel.element) == module.option("ELEMENT") && kernel.softcap == module.option("SOFTCAP") &&
         kernel.smoothing == module.option("SMOOTHING") && kernel.entropy == module.option("ENTROPY")) {
       return function_of(kernel.run);
@@ -50,9 +46,7 @@ Function rows_of(const Module& module) {
 }
 
 Function positions_of(const Module& module, bool is_scale) {
-  std::vector<LatentKernel> all;
-  add_latent_kernels(all);
-  for (const LatentKernel& kernel : all) {
+  for (const LatentKernel& kernel : all_latent_kernels()) {
     if (static_cast<int>(kernel.element) == module.option("ELEMENT") && kernel.bits == module.option("BITS") &&
         static_cast<int>(kernel.hinge) == module.option("HINGE")) {
       return function_of(is_scale ? kernel.scale : kernel.positions);

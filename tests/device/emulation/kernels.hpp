@@ -32,7 +32,21 @@ struct LatentKernel {
 void add_rows_of_element_0(std::vector<RowsKernel>& kernels);
 void add_rows_of_element_1(std::vector<RowsKernel>& kernels);
 void add_rows_of_element_2(std::vector<RowsKernel>& kernels);
-void add_latent_kernels(std::vector<LatentKernel>& kernels);
+void add_positions_of_element_0(std::vector<LatentKernel>& kernels);
+void add_positions_of_element_1(std::vector<LatentKernel>& kernels);
+void add_positions_of_element_2(std::vector<LatentKernel>& kernels);
 extern const BatchKernels batch_kernels;
+
+inline std::vector<RowsKernel> all_rows_kernels() {
+  std::vector<RowsKernel> all;
+  for (const auto add : {add_rows_of_element_0, add_rows_of_element_1, add_rows_of_element_2}) add(all);
+  return all;
+}
+
+inline std::vector<LatentKernel> all_latent_kernels() {
+  std::vector<LatentKernel> all;
+  for (const auto add : {add_positions_of_element_0, add_positions_of_element_1, add_positions_of_element_2}) add(all);
+  return all;
+}
 
 }  // namespace emulation

@@ -321,8 +321,7 @@ void check_references(const std::vector<LatentKernel>& kernels) {
 
 int main() {
   using namespace emulation;
-  std::vector<LatentKernel> kernels;
-  add_latent_kernels(kernels);
+  const std::vector<LatentKernel> kernels = all_latent_kernels();
   check_sizes(kernels);
   check_nan(kernels);
   check_every_size_of_logit(kernels);

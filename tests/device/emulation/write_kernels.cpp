@@ -1,7 +1,7 @@
 /// Writes the kernels' texts as C++, once for each combination of type and options, with a table of what was written.
 ///     write_kernels cross_entropy 0|1|2    the rows of one element type
 ///     write_kernels sums                   what all rows have in common
-///     write_kernels latent_kl              positions
+///     write_kernels latent_kl 0|1|2        the positions of one element type
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -84,45 +84,39 @@ void write_sums() {
       "}\nconst BatchKernels batch_kernels{&sums_0::run_cross_entropy_scales, &sums_0::run_cross_entropy_sums};\n");
 }
 
-struct Combination {
-  int element, bits, hinge;
-};
+/// Latent bits on both sides of where a position takes more lanes, of the full lanes, and what the unit tests have.
+constexpr int every_bits[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32, 33, 1024};
 
-void write_latent_kl() {
-  const int every_bits[] = {1, 2, 3, 4, 5, 16, 17, 32, 33, 1024};
-  Combination combinations[100];
-  int count = 0;
+void write_latent_kl(int element) {
+  int number = 0;
   for (int bits : every_bits) {
-    for (int hinge = 0; hinge < 3; ++hinge) {
-      for (int element = 0; element < 3; ++element) {
-        if (element == 0 || (bits == 16 || bits == 3) || bits == 33) combinations[count++] = {element, bits, hinge};
+    for (int hinge = 0; hinge < 3; ++hinge, ++number) {
+      begin("positions", number);
+      define("ELEMENT", element);
+      define("BITS", bits);
+      define("HINGE", hinge);
+      std::printf("%s%s", device::arithmetic_source, device::latent_kl_source);
+      end("latent_kl_positions", "LatentJob");
+      end("latent_kl_scale", "LatentJob");
+      if (number == 0) {
+        for (const char* field :
+             {"z_logits", "gradient", "z_rows", "rows", "free_bits", "token_weight", "scale", "mean_kl", "upstream",
+              "upstream_stride", "penalty", "divisor", "sums", "totals", "loss", "ticket", "partial"}) {
+          same_field("LatentJob", field);
+        }
       }
+      close();
     }
   }
-  for (int number = 0; number < count; ++number) {
-    begin("positions", number);
-    define("ELEMENT", combinations[number].element);
-    define("BITS", combinations[number].bits);
-    define("HINGE", combinations[number].hinge);
-    std::printf("%s%s", device::arithmetic_source, device::latent_kl_source);
-    end("latent_kl_positions", "LatentJob");
-    end("latent_kl_scale", "LatentJob");
-    if (number == 0) {
-      for (const char* field :
-           {"z_logits", "gradient", "z_rows", "rows", "free_bits", "token_weight", "scale", "mean_kl", "upstream",
-            "upstream_stride", "penalty", "divisor", "sums", "totals", "loss", "ticket", "partial"}) {
-        same_field("LatentJob", field);
-      }
+  std::printf("}\nvoid add_positions_of_element_%d(std::vector<LatentKernel>& kernels) {\n", element);
+  number = 0;
+  for (int bits : every_bits) {
+    for (int hinge = 0; hinge < 3; ++hinge, ++number) {
+      std::printf(
+          "  kernels.push_back({device::Element{%d}, %d, kernels::Hinge{%d}, &positions_%d::run_latent_kl_positions,\n"
+          "                     &positions_%d::run_latent_kl_scale});\n",
+          element, bits, hinge, number, number);
     }
-    close();
-  }
-  std::printf("}\nvoid add_latent_kernels(std::vector<LatentKernel>& kernels) {\n");
-  for (int number = 0; number < count; ++number) {
-    const Combination& of = combinations[number];
-    std::printf(
-        "  kernels.push_back({device::Element{%d}, %d, kernels::Hinge{%d}, &positions_%d::run_latent_kl_positions,\n"
-        "                     &positions_%d::run_latent_kl_scale});\n",
-        of.element, of.bits, of.hinge, number, number);
   }
   std::printf("}\n");
 }
@@ -135,12 +129,9 @@ int main(int count, char** arguments) {
   std::printf("#pragma GCC diagnostic ignored \"-Wunused-parameter\"\n");  // what a combination has no use for
   std::printf("#pragma GCC diagnostic ignored \"-Winvalid-offsetof\"\n");
   std::printf("namespace emulation {\nnamespace {\n");
-  if (std::strcmp(arguments[1], "cross_entropy") == 0 && count == 3) {
-    write_cross_entropy(std::atoi(arguments[2]));
-  } else if (std::strcmp(arguments[1], "sums") == 0) {
-    write_sums();
-  } else {
-    write_latent_kl();
-  }
+  const int element = count > 2 ? std::atoi(arguments[2]) : 0;
+  if (std::strcmp(arguments[1], "cross_entropy") == 0) write_cross_entropy(element);
+  if (std::strcmp(arguments[1], "sums") == 0) write_sums();
+  if (std::strcmp(arguments[1], "latent_kl") == 0) write_latent_kl(element);
   std::printf("}\n");
 }
