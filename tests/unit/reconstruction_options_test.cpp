@@ -297,6 +297,29 @@ TEST_CASE("A target of a class of weight 0 has no likelihood term; smoothing and
   }
 }
 
+TEST_CASE("With a label smoothing of 1 the target has no share of its own, however impossible it is",
+          "[reconstruction][options]") {
+  for (const auto type : all_types) {
+    for (const bool strided : {false, true}) {
+      INFO(type << ", strided " << strided);
+      Tensor logits = eighths({1, 5}, type);
+      logits.select(1, 1).fill_(-reference::inf);
+      logits = logits.expand({5, 5}).contiguous();
+      if (strided) logits = with_strided_rows(logits);
+      const Tensor weight = tensor(std::vector<double>{1, 0, 1, 1, 2}, {5}, type),
+                   every_target = indices({0, 1, 2, 3, 4});
+      const auto smoothed = ReconstructionLossOptions().label_smoothing(1).reduction(torch::kNone);
+      CHECK(values(compute_reconstruction_loss(logits, every_target, smoothed)) ==
+            std::vector<double>(5, reference::inf));
+      const Tensor possible =
+          compute_reconstruction_loss(logits, every_target, ReconstructionLossOptions(smoothed).weight(weight));
+      CHECK(values(possible) == std::vector<double>(5, possible[0].item<double>()));
+      CHECK(possible[0].item<double>() > 0);
+      CHECK(std::isfinite(possible[0].item<double>()));
+    }
+  }
+}
+
 TEST_CASE("A sum and unreduced losses ignore the normalizer, a mean is the sum divided by it",
           "[reconstruction][options]") {
   const Example example;

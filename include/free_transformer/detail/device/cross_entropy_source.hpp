@@ -484,9 +484,12 @@ FUNCTION RowLosses losses_of(const Row& row, float token_weight, float target_we
   RowLosses losses;
   losses.nll = row.log_sum + row.rise;
   losses.log_sum_exp = static_cast<double>(row.largest) + row.log_sum;
-  losses.likelihood_loss = target_weight == 0.0f ? 0.0 : static_cast<double>(target_weight) * losses.nll;
+  double target_share = static_cast<double>(target_weight);
 #if SMOOTHING
-  losses.likelihood_loss *= 1.0 - job.label_smoothing;
+  target_share *= 1.0 - job.label_smoothing;
+#endif
+  losses.likelihood_loss = target_share == 0.0 ? 0.0 : target_share * losses.nll;
+#if SMOOTHING
   losses.likelihood_loss +=
       job.label_smoothing / static_cast<double>(job.columns) * (row.weight * row.log_sum + row.surprise);
 #endif

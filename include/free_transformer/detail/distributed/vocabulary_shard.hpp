@@ -226,8 +226,7 @@ inline CrossEntropyRows rows_of_vocabulary(const VocabularyRows& of, const Cross
   }
   if (settings.label_smoothing > 0) {
     const at::Tensor spread = of.surprise + of.weight * (rows.log_sum_exp - of.reference);
-    rows.likelihood_loss = rows.likelihood_loss * (1 - settings.label_smoothing) +
-                           spread * (settings.label_smoothing / static_cast<double>(vocab_size));
+    rows.likelihood_loss = plain::smoothed_loss(rows.likelihood_loss, spread, settings, vocab_size);
   }
   if (of.moment.defined()) rows.entropy = plain::without_left_out(entropy_of_vocabulary(of, rows.nll), positions);
   if (of.prediction.defined()) rows.prediction = of.prediction;

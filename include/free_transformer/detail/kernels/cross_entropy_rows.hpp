@@ -27,8 +27,8 @@ inline void leave_out_row(const CrossEntropyJob& job, int64_t index) {
 inline void finish_row(const CrossEntropyJob& job, int64_t index, double weight, const CrossEntropyRow& row,
                        double log_sum, CrossEntropySums& sums) {
   const double nll = log_sum + static_cast<double>(row.maximum - row.target_logit);
-  const double target_weight = job.class_weight_of(index);
-  double likelihood_loss = !(target_weight > 0) ? 0 : (1 - job.label_smoothing) * target_weight * nll;
+  const double target_share = (1 - job.label_smoothing) * job.class_weight_of(index);
+  double likelihood_loss = !(target_share > 0) ? 0 : target_share * nll;
   if (job.label_smoothing > 0) {
     likelihood_loss +=
         job.label_smoothing / static_cast<double>(job.columns) * (job.class_weight_sum * log_sum + row.surprise);

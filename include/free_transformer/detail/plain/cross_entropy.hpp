@@ -101,6 +101,13 @@ inline at::Tensor smoothed_probabilities(const at::Tensor& probabilities, const 
   return settings.class_weight.defined() ? smoothed * settings.class_weight : smoothed;
 }
 
+/// The loss of the target and `spread`, the sum of those of all classes, mixed. A target without a share may be impossible.
+inline at::Tensor smoothed_loss(const at::Tensor& of_target, const at::Tensor& spread,
+                                const CrossEntropySettings& settings, int64_t classes) {
+  const at::Tensor of_all = spread * (settings.label_smoothing / static_cast<double>(classes));
+  return settings.label_smoothing < 1 ? of_target * (1 - settings.label_smoothing) + of_all : of_all;
+}
+
 /// sum_c weight_c surprise_c over a row, where a class of weight 0 may be impossible (surprise infinite).
 inline at::Tensor weighted_surprise(const at::Tensor& weight, const at::Tensor& surprise) {
   return sum_of_rows((weight * surprise).masked_fill_(weight == 0, 0));
@@ -163,8 +170,7 @@ inline CrossEntropyRows rows_of_block(const PivotedSoftmax& of, const CrossEntro
     if (settings.label_smoothing > 0) {
       const at::Tensor spread = settings.class_weight.defined() ? weighted_surprise(settings.class_weight, surprise())
                                                                 : sum_of_rows(surprise());
-      rows.likelihood_loss = rows.likelihood_loss * (1 - settings.label_smoothing) +
-                             spread * (settings.label_smoothing / static_cast<double>(of.logits.size(1)));
+      rows.likelihood_loss = smoothed_loss(rows.likelihood_loss, spread, settings, of.logits.size(1));
     }
   }
   if (wanted.each || settings.z_loss > 0) rows.log_sum_exp = flat(of.maximum + of.log_sum);
