@@ -51,9 +51,9 @@ inline Expected product(const Expected& left, const at::Tensor& right, at::Scala
   const auto terms = static_cast<double>(right.size(0) + 2);
   const at::Tensor value = left.value.matmul(right), magnitude = left.value.abs().matmul(right.abs());
   const at::Tensor tolerance = left.tolerance.matmul(right.abs()).nan_to_num(infinity);
-  const at::Tensor is_known = left.is_known.all(-1, /*keepdim=*/true) & right.isfinite().all();
-  return {value, tolerance + terms * (arithmetic_step(type) * magnitude + smallest(arithmetic(type))),
-          is_known.expand_as(value)};
+  const at::Tensor is_in_range = magnitude < largest(arithmetic(type));  // else infinite terms may cancel
+  const at::Tensor is_known = left.is_known.all(-1, /*keepdim=*/true) & right.isfinite().all() & is_in_range;
+  return {value, tolerance + terms * (arithmetic_step(type) * magnitude + smallest(arithmetic(type))), is_known};
 }
 
 /// factors: [N], what each position's loss is multiplied by on the way back.
