@@ -51,12 +51,20 @@ class LossMetrics {
         has_accuracy_(has_accuracy),
         has_z_loss_(has_z_loss),
         has_kl_of_each_bit_(has_kl_of_each_bit) {
+    TORCH_CHECK(reconstruction_sums.defined() && reconstruction_sums.dim() == 1 &&
+                    reconstruction_sums.size(0) == detail::reconstruction_sum_count &&
+                    reconstruction_sums.scalar_type() == latent_sums.scalar_type() &&
+                    reconstruction_sums.device() == latent_sums.device(),
+                "LossMetrics: reconstruction_sums must be the sums of compute_reconstruction_loss, ",
+                int{detail::reconstruction_sum_count}, " numbers of ", latent_sums.scalar_type(), " on ",
+                latent_sums.device());
     if (latent_sums.device().is_cpu()) {  // a small step feels every operation
       const auto count = static_cast<size_t>(latent_sums.numel());
       sums_ = at::empty({latent_begin + latent_sums.numel()}, latent_sums.options());
       const double* latent = latent_sums.data_ptr<double>();
       auto* sums = sums_.data_ptr<double>();
-      std::copy_n(reconstruction_sums.data_ptr<double>(), size_t{detail::reconstruction_sum_count}, sums);
+      const at::Tensor of_reconstruction = reconstruction_sums.contiguous();
+      std::copy_n(of_reconstruction.data_ptr<double>(), size_t{detail::reconstruction_sum_count}, sums);
       sums[weighted_penalty_sum] = latent[detail::penalty_sum] * beta_kl;
       sums[beta_kl_sum] = latent[detail::latent_weight_sum] * beta_kl;
       sums[free_bits_sum] = latent[detail::latent_weight_sum] * free_bits;

@@ -44,7 +44,7 @@ struct ReconstructionLossOptions {
   /// Factor >= 0 of (log sum_j exp(x_j))^2, added at each position (PaLM). Default: 0.
   TORCH_ARG(double, z_loss) = 0.0;
 
-  /// c > 0 replaces every logit x by c tanh(x/c) before everything else (Gemma 2). Default: 0, which does not.
+  /// c > 0, in [1e-30, 1e30], replaces every logit x by c tanh(x/c) before everything else (Gemma 2). Default: 0, none.
   TORCH_ARG(double, softcap) = 0.0;
 
   /// True lets the gradient be written over the logits, which saves memory and time. They then must be no leaf, share no

@@ -21,8 +21,8 @@ struct TokenStatistics {
   /// log p_y, nats, without weights and smoothing; sum_c q_c log p_c for probabilities
   at::Tensor target_log_probability;
   at::Tensor prediction;  ///< int64, the most likely class, the lowest on a tie; -1 where a position does not count
-  at::Tensor hit;         ///< bool, the prediction is the target (or the most likely class of q)
-  at::Tensor entropy;     ///< of the prediction, -sum_c p_c log p_c of the capped logits; nats
+  at::Tensor hit;  ///< bool, the prediction is the target (or the most likely class of q); not where the loss is NaN
+  at::Tensor entropy;  ///< of the prediction, -sum_c p_c log p_c of the capped logits; nats
 };
 
 }  // namespace FREE_TRANSFORMER_TYPES

@@ -109,7 +109,30 @@ TEST_CASE("KL of a saturated bit is log 2 and has no gradient", "[kl][gradient]"
     const Tensor loss = compute_kl_divergence(z_logits, /*latent_dim=*/1, /*free_bits=*/0.0);
     CHECK(difference(loss, {std::log(2.0)}, epsilon(torch::kDouble)) == "");
     CHECK(values(gradient(loss, z_logits)) == std::vector<double>(2, 0.0));
-    CHECK(values(gradient(loss, z_logits, {}, /*create_graph=*/true)) == std::vector<double>(2, 0.0));
+    const Tensor first = gradient(loss, z_logits, {}, /*create_graph=*/true);
+    CHECK(values(first) == std::vector<double>(2, 0.0));
+    CHECK(values(gradient(first.sum(), z_logits)) == std::vector<double>(2, 0.0));
+  }
+}
+
+TEMPLATE_TEST_CASE("Below its budget the KL has no gradient from an upstream that is infinite or NaN either",
+                   "[kl][gradient]", PerPosition, PerBit, BatchMean) {
+  for (const auto type : all_types) {
+    for (const double factor : {reference::inf, not_a_number}) {
+      INFO(type << ", upstream " << factor);
+      const Tensor z_logits = leaf(eighths({4, 3}, type));
+      const Tensor loss = compute_kl_divergence<TestType>(z_logits, with(3, 100, torch::kMean));
+      CHECK(gradient(loss, z_logits, torch::full_like(loss, factor)).count_nonzero().item<int64_t>() == 0);
+    }
+  }
+}
+
+TEST_CASE("An upstream of the KL that stands for a negated tensor is read as that", "[kl][gradient][cpu]") {
+  for (const auto type : all_types) {
+    const Tensor z_logits = leaf(eighths({4, 3}, type));
+    const auto loss = [&] { return compute_kl_divergence(z_logits, 3, 0.0); };
+    const Tensor one = torch::ones_like(loss());
+    CHECK(same_bits(gradient(loss(), z_logits, torch::_neg_view(one)), -gradient(loss(), z_logits)));
   }
 }
 

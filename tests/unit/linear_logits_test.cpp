@@ -367,6 +367,32 @@ TEST_CASE("A fused head without a position that counts has a loss of 0 and gradi
   CHECK(compute_token_statistics(head.fused(), targets).hit.sizes() == targets.sizes());
 }
 
+TEST_CASE("What does not count has no gradient in a fused head, whatever its logits and whatever comes from upstream",
+          "[linear][gradient]") {
+  for (const auto type : all_types) {
+    INFO(type);
+    const Tensor hidden = leaf(eighths({2, 3}, type)), weight = leaf(eighths({6, 3}, type, 2));
+    const Tensor bias = torch::zeros({6}, type).index_fill_(0, torch::tensor({1}), reference::inf);
+    const auto gradients = [&](const Tensor& targets, const ReconstructionLossOptions& options, double upstream) {
+      const Tensor loss = compute_reconstruction_loss(LinearLogits(hidden, weight), targets, options) * upstream;
+      return torch::autograd::grad({loss}, {hidden, weight});
+    };
+    for (const double factor : {reference::inf, not_a_number}) {
+      for (const Tensor& found : gradients(indices({-100, -100}), {}, factor)) {
+        CHECK(found.count_nonzero().item<int64_t>() == 0);
+      }
+      CHECK(gradients(indices({-100, 1}), {}, factor)[0][0].count_nonzero().item<int64_t>() == 0);
+    }
+    const Tensor class_weight = torch::ones({6}, type).index_fill_(0, torch::tensor({1}), 0);
+    const Tensor loss = compute_reconstruction_loss(LinearLogits(hidden, weight, bias), indices({1, 1}),
+                                                    ReconstructionLossOptions().weight(class_weight));
+    CHECK(loss.item<double>() == 0);
+    for (const Tensor& found : torch::autograd::grad({loss}, {hidden, weight})) {
+      CHECK(found.count_nonzero().item<int64_t>() == 0);
+    }
+  }
+}
+
 TEST_CASE("Every layout of hidden and weight gives the numbers of contiguous ones", "[linear][layout]") {
   const auto type = GENERATE(torch::kDouble, torch::kFloat, torch::kBFloat16);
   INFO(type);

@@ -198,6 +198,19 @@ TEST_CASE("An unknown metric and metrics that cannot be joined are refused", "[m
         "[28], hinge on the batch mean 0 and 0, accuracy 0 and 0");
 }
 
+TEST_CASE("Sums of a reconstruction of one's own are read in any layout, and refused in any other shape",
+          "[metrics][errors]") {
+  const auto of = [](const Tensor& reconstruction_sums) {
+    const Tensor latent_sums = torch::ones({free_transformer::detail::latent_sum_count + 3}, torch::kDouble);
+    return LossMetrics(reconstruction_sums, latent_sums, 1.0, 0.5, false, false);
+  };
+  const Tensor sums = torch::arange(1, 1 + int64_t{free_transformer::detail::reconstruction_sum_count}, torch::kDouble);
+  CHECK(of(with_strided_rows(sums)).at("loss/reconstruction") == of(sums).at("loss/reconstruction"));
+  for (const Tensor& other : {Tensor(), sums.slice(0, 1), sums.unsqueeze(0), sums.to(torch::kFloat)}) {
+    CHECK(error_of([&] { of(other); }).find("LossMetrics: reconstruction_sums must be ") == 0);
+  }
+}
+
 TEST_CASE("The z-loss is shown apart where there is one, and joins", "[metrics]") {
   const Batch batch(9);
   const auto metrics = [&](double z_loss) {

@@ -280,6 +280,37 @@ TEST_CASE("Nothing that counts gives a loss of 0 with a graph, and no gradient",
   }
 }
 
+TEST_CASE("What does not count has no gradient from an upstream that is infinite or NaN either",
+          "[reconstruction][gradient]") {
+  for (const auto type : all_types) {
+    for (const bool strided : {false, true}) {
+      for (const double factor : {reference::inf, not_a_number}) {
+        INFO(type << ", strided " << strided << ", upstream " << factor);
+        const Tensor logits = leaf(strided ? with_strided_rows(eighths({2, 6}, type)) : eighths({2, 6}, type));
+        for (const int64_t target : {-100, 1}) {
+          const Tensor loss = compute_reconstruction_loss(logits, indices({-100, target}));
+          const Tensor found = gradient(loss, logits, torch::full_like(loss, factor));
+          CHECK(found[0].count_nonzero().item<int64_t>() == 0);
+          CHECK((target < 0 ? found[1].count_nonzero().item<int64_t>() == 0 : !found[1].isfinite().any().item<bool>()));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("An upstream that stands for a negated or a zero tensor is read as that", "[reconstruction][gradient][cpu]") {
+  for (const auto type : all_types) {
+    for (const Reduction& reduction : all_reductions) {
+      const Tensor logits = leaf(eighths({3, 6}, type));
+      const auto loss = [&] { return compute_reconstruction_loss(logits, indices({5, 1, 0}), with(reduction)); };
+      const Tensor ones = torch::ones_like(loss());
+      CHECK(same_bits(gradient(loss(), logits, torch::_neg_view(ones)), -gradient(loss(), logits, ones)));
+      const Tensor zero = torch::_efficientzerotensor(ones.sizes(), ones.options());
+      CHECK(gradient(loss(), logits, zero).count_nonzero().item<int64_t>() == 0);
+    }
+  }
+}
+
 TEST_CASE("A NaN in a position that counts is not hidden", "[reconstruction]") {
   for (const auto type : all_types) {
     const Tensor logits = eighths({3, 6}, type);

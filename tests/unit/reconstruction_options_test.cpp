@@ -297,6 +297,75 @@ TEST_CASE("A target of a class of weight 0 has no likelihood term; smoothing and
   }
 }
 
+TEST_CASE("A target of a class of weight 0 has no gradient, whatever the logits of its row",
+          "[reconstruction][options]") {
+  for (const auto type : all_types) {
+    for (const bool strided : {false, true}) {
+      for (const int64_t classes : {5, 100}) {
+        for (const double garbage : {reference::inf, not_a_number}) {
+          INFO(type << ", strided " << strided << ", " << classes << " classes, " << garbage);
+          Tensor logits = eighths({2, classes}, type);
+          logits.select(0, 0).select(0, 1).fill_(garbage);
+          logits = leaf(strided ? with_strided_rows(logits) : logits);
+          const Tensor weight = torch::ones({classes}, type).index_fill(0, torch::tensor({1}), 0);
+          const auto options = ReconstructionLossOptions().weight(weight);
+          for (const bool create_graph : {false, true}) {
+            const Tensor loss = compute_reconstruction_loss(logits, indices({1, 2}), options);
+            const Tensor found = gradient(loss, logits, {}, create_graph);
+            CHECK(std::isfinite(loss.item<double>()));
+            CHECK(nonzeros(found[0]) == 0);
+            CHECK(found[1].isfinite().all().item<bool>());
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("A mean does not depend on the scale of its weights, as far as float32 holds them",
+          "[reconstruction][options]") {
+  for (const int64_t classes : {5, 100}) {
+    const Tensor logits = leaf(eighths({3, classes}, torch::kFloat)), targets = indices({4, 1, 2});
+    const Tensor plain = compute_reconstruction_loss(logits, targets), expected = gradient(plain, logits);
+    for (const double scale : {1e-25, 1e-38, 1e25, 1e38}) {
+      INFO(classes << " classes, weights " << scale);
+      const auto options = ReconstructionLossOptions()
+                               .token_weight(torch::full({3}, scale, torch::kFloat))
+                               .weight(torch::full({classes}, scale, torch::kFloat));
+      const Tensor loss = compute_reconstruction_loss(logits, targets, options);
+      CHECK(difference(loss, plain, reconstruction_option_steps * epsilon(torch::kFloat)) == "");
+      CHECK(difference(gradient(loss, logits), expected, reconstruction_option_steps * epsilon(torch::kFloat)) == "");
+    }
+  }
+}
+
+TEST_CASE("A mean of nothing is 0 with the smallest normalizer, too", "[reconstruction][options]") {
+  for (const auto type : all_types) {
+    for (const Normalizer& normalizer : {Normalizer(1e-310), Normalizer(torch::tensor(1e-310, torch::kDouble))}) {
+      const Tensor logits = leaf(eighths({2, 5}, type));
+      const Tensor loss = compute_reconstruction_loss(logits, indices({-100, -100}),
+                                                      ReconstructionLossOptions().normalizer(normalizer));
+      CHECK(loss.item<double>() == 0);
+      CHECK(nonzeros(gradient(loss, logits)) == 0);
+    }
+  }
+}
+
+TEST_CASE("Class probabilities of weight 0 do not matter to a second derivative, whatever they are",
+          "[reconstruction][options]") {
+  const Tensor logits = leaf(eighths({2, 4})), factor = leaf(torch::ones({}, torch::kDouble));
+  Tensor probabilities = torch::full({2, 4}, 0.25, torch::kDouble);
+  const auto options = ReconstructionLossOptions().token_weight(tensor(std::vector<double>{0, 1}, {2}));
+  const auto second = [&] {
+    const Tensor loss = compute_reconstruction_loss(logits, probabilities, options) * factor;
+    return gradient(gradient(loss, logits, {}, /*create_graph=*/true).square().sum(), factor);
+  };
+  const Tensor expected = second();
+  probabilities[0].fill_(not_a_number);
+  CHECK(same_bits(second(), expected));
+  CHECK(expected.item<double>() > 0);
+}
+
 TEST_CASE("With a label smoothing of 1 the target has no share of its own, however impossible it is",
           "[reconstruction][options]") {
   for (const auto type : all_types) {
@@ -422,6 +491,9 @@ TEST_CASE("Settings of the reconstruction loss that are out of range are refused
                       error_of([&] { compute_reconstruction_loss(logits, targets, options); }));
   };
   const auto with = [] { return ReconstructionLossOptions(); };
+  for (const double value : {1e39, 1e-46}) {
+    CHECK(error(with().softcap(value)).find("softcap must be 0 or in [1e-30, 1e30], got ") == 0);
+  }
   CHECK(error(with().label_smoothing(-0.25)) == "label_smoothing must be in [0, 1], got -0.25");
   CHECK(error(with().label_smoothing(1.5)) == "label_smoothing must be in [0, 1], got 1.5");
   CHECK(error(with().label_smoothing(not_a_number)) == "label_smoothing must be in [0, 1], got nan");

@@ -107,11 +107,38 @@ TEST_CASE("The lowest of equally likely classes is the prediction", "[statistics
       if (strided) logits = with_strided_rows(logits);
       INFO(type << ", strided " << strided);
       const Tensor targets = tensor(lowest, {rows + 1});
-      const auto found = compute_token_statistics(logits, targets);
-      CHECK(same_bits(found.prediction, targets));
-      CHECK(found.hit.all().item<bool>());
-      const auto others = compute_token_statistics(logits, (targets + 1).remainder(classes));
-      CHECK_FALSE(others.hit.any().item<bool>());
+      for (const double softcap : {0.0, 1.0, 3.7, 30.0}) {
+        INFO("softcap " << softcap);
+        const auto options = ReconstructionLossOptions().softcap(softcap);
+        const auto found = compute_token_statistics(logits, targets, options);
+        CHECK(same_bits(found.prediction, targets));
+        CHECK(found.hit.all().item<bool>());
+        const auto others = compute_token_statistics(logits, (targets + 1).remainder(classes), options);
+        CHECK(same_bits(others.prediction, targets));
+        CHECK_FALSE(others.hit.any().item<bool>());
+      }
+    }
+  }
+}
+
+TEST_CASE("A row whose loss is NaN is no hit", "[statistics][metrics]") {
+  for (const auto type : all_types) {
+    for (const bool strided : {false, true}) {
+      for (const int64_t classes : {6, 100}) {
+        for (const double garbage : {not_a_number, reference::inf, -reference::inf}) {
+          INFO(type << ", strided " << strided << ", " << classes << " classes, " << garbage);
+          Tensor logits = torch::full({3, classes}, garbage, type);
+          logits.select(0, 1).fill_(0).select(0, 0).fill_(std::abs(garbage));
+          logits.select(0, 2).fill_(0).select(0, 4).fill_(1);
+          if (strided) logits = with_strided_rows(logits);
+          const Tensor targets = indices({0, 0, 4});
+          const auto found = compute_token_statistics(logits, targets);
+          CHECK(values(found.hit) == std::vector<double>{0, 0, 1});
+          const auto options = VAELossOptions().latent_dim(2).accuracy(true);
+          const auto metrics = compute_vae_loss(logits, targets, torch::zeros({3, 2}), options).metrics;
+          CHECK(metrics.at("metrics/accuracy") == 1.0 / 3);
+        }
+      }
     }
   }
 }

@@ -24,8 +24,8 @@ inline CrossEntropyValues values_of_rows(const CrossEntropyRows& rows, const Cro
                                          const CrossEntropyPositions& positions) {
   const at::Tensor prediction =
       positions.left_out.defined() ? rows.prediction.masked_fill(positions.left_out, -1) : rows.prediction;
-  return {losses_of_rows(rows, settings, positions),        rows.nll, rows.log_sum_exp, rows.entropy, prediction,
-          plain::hits(rows.prediction, settings, positions)};
+  return {losses_of_rows(rows, settings, positions), rows.nll, rows.log_sum_exp, rows.entropy, prediction,
+          plain::hits(rows, settings, positions)};
 }
 
 inline CrossEntropyValues cross_entropy_values(const at::Tensor& logits, const CrossEntropySettings& settings) {

@@ -83,7 +83,7 @@ class CrossEntropyPass final : public LossPass {
       at::Tensor finished = std::exchange(gradient_, at::Tensor());
       if (is_one_on_host(upstream)) return finished;
       // A half gradient has been rounded, small ones to nothing: a loss scale comes before that or not at all.
-      if (finished.scalar_type() == upstream.scalar_type()) return finished.mul_(upstream);
+      if (finished.scalar_type() == upstream.scalar_type() && keeps_zeros(upstream)) return finished.mul_(upstream);
     }
     at::Tensor fresh = kernels::empty_on_large_pages(logits.sizes(), logits.options());
     const at::Tensor of_each = upstream.expand({settings_.targets.size(0)});

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "free_transformer/detail/checks/arguments.hpp"
 #include "free_transformer/detail/compilation.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
@@ -66,7 +67,7 @@ class GraphNode final : public torch::autograd::Node {
   Tensors apply(Tensors&& upstream) override {
     const std::lock_guard<std::mutex> lock(mutex_);  // operations hand out what they hold
     Tensors gradients;
-    if (upstream[0].defined()) gradients = operation_->node_backward(*this, upstream[0]);
+    if (upstream[0].defined()) gradients = operation_->node_backward(*this, readable(upstream[0]));
     gradients.resize(num_outputs());
     return gradients;
   }

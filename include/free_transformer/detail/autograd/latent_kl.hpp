@@ -63,7 +63,7 @@ class LatentPass final : public LossPass {
     Tensors finished = std::exchange(gradients_, Tensors());
     if (!finished.empty() && (finished[0].defined() || finished[1].defined())) {
       if (is_one_on_host(flat)) return finished;
-      if (!is_rounded(inputs)) {  // a half one was rounded: anew
+      if (!is_rounded(inputs) && keeps_zeros(flat)) {  // a half one was rounded: anew
         for (const at::Tensor& gradient : finished) {
           if (gradient.defined()) gradient.mul_(flat);
         }

@@ -67,7 +67,7 @@ class LinearLossPass final : public LossPass {
     const auto type = arithmetic_type(inputs.hidden.scalar_type());
     const at::Tensor flat = (upstream.dim() == 0 ? upstream : upstream.reshape({-1})).to(type);
     const bool is_cpu = inputs.hidden.device().is_cpu(), is_one_for_all = flat.dim() == 0;
-    if (!std::exchange(has_gradients_, false)) {
+    if (!std::exchange(has_gradients_, false) || (is_one_for_all && !keeps_zeros(flat))) {
       const at::Tensor of_each =
           is_cpu || !is_one_for_all ? flat.expand({settings_.targets.size(0)}) : at::Tensor();  // or left for the end
       walk(inputs, of_each, wanted_gradients(inputs), {/*sums=*/false});

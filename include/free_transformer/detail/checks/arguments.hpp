@@ -80,9 +80,9 @@ inline at::Tensor checked_token_weight(const char* function, const at::Tensor& t
   check_device(function, "token_weight", token_weight, "the logits", device);
   check_constant(function, "token_weight", token_weight);
   check_no_transform(function, "token_weight", token_weight);
-  const at::Tensor values = readable(token_weight);
+  const at::Tensor values = readable(token_weight).to(type);
   check_weight_values(function, "token_weight", values);
-  return values.to(type).reshape({-1}).contiguous();
+  return values.reshape({-1}).contiguous();
 }
 
 /// The weight of each class as [V] of the given type; undefined if there is none.
@@ -95,9 +95,9 @@ inline at::Tensor checked_class_weight(const char* function, const at::Tensor& w
   check_device(function, "weight", weight, "the logits", device);
   check_constant(function, "weight", weight);
   check_no_transform(function, "weight", weight);
-  const at::Tensor values = readable(weight);
+  const at::Tensor values = readable(weight).to(type);
   check_weight_values(function, "weight", values);
-  return values.to(type).contiguous();
+  return values.contiguous();
 }
 
 inline void check_target_values(const char* function, const at::Tensor& targets, int64_t classes,

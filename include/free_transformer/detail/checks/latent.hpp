@@ -51,8 +51,9 @@ LatentSettings checked_latent_settings(const char* function, const at::Tensor& z
   check_latent_logits(function, z_logits, options.latent_dim());
   check_prior_logits(function, z_logits, options.prior_logits());
   const auto device = z_logits.device();
-  return {checked_token_weight(function, token_weight, shape_of_positions(z_logits), device, widest_type(device)),
-          options.prior_logits(), options.free_bits()};
+  const at::Tensor weight = checked_token_weight(function, token_weight, shape_of_positions(z_logits), device,
+                                                 arithmetic_type(z_logits.scalar_type()));
+  return {weight.defined() ? weight.to(widest_type(device)) : weight, options.prior_logits(), options.free_bits()};
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

@@ -10,6 +10,7 @@
 #include "free_transformer/detail/checks/arguments.hpp"
 #include "free_transformer/detail/checks/transforms.hpp"
 #include "free_transformer/detail/compilation.hpp"
+#include "free_transformer/detail/numbers.hpp"
 #include "free_transformer/detail/settings.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
@@ -19,6 +20,8 @@ template <typename Options>
 void check_reconstruction_options(const char* function, const Options& options) {
   check_not_negative(function, "z_loss", options.z_loss());
   check_not_negative(function, "softcap", options.softcap());
+  TORCH_CHECK(is_zero(options.softcap()) || (options.softcap() >= 1e-30 && options.softcap() <= 1e30), function,
+              ": softcap must be 0 or in [1e-30, 1e30], got ", options.softcap());
   TORCH_CHECK(is_finite(options.label_smoothing()) && options.label_smoothing() >= 0 && options.label_smoothing() <= 1,
               function, ": label_smoothing must be in [0, 1], got ", options.label_smoothing());
 }

@@ -66,7 +66,8 @@ KERNEL void __launch_bounds__(256, 4) cross_entropy_sums(const CrossEntropyBatch
     if (job.z_loss > 0.0) of[2] += weight * (job.z_loss * log_sum_exp * log_sum_exp);
     of[3] += weight;
     of[4] += weight * static_cast<double>(job.nll[row]);
-    if (job.prediction && job.prediction[row] == target) of[5] += weight;
+    const bool is_hit = job.prediction && job.prediction[row] == target && job.nll[row] == job.nll[row];  // no NaN
+    if (is_hit) of[5] += weight;
   }
   if (!sum_over_launch(of, job.partial, job.ticket, job.sums) || threadIdx.x != 0 || !job.loss) return;
   *job.loss = static_cast<float>(job.sums[0] * job.scales[0] + job.sums[2] * job.scales[1]);

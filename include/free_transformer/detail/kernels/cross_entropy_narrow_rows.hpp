@@ -126,8 +126,18 @@ template <int lanes>
   rows.nll.values = rows.log_sum.values + below.values;
   const Lanes<lanes> weighted{rows.class_weight.values * rows.nll.values};
   rows.likelihood_loss.values = rows.class_weight.values > 0.0f ? weighted.values : rows.class_weight.values;
-  sums.nll += static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.nll.values}));
-  sums.likelihood_loss += static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.likelihood_loss.values}));
+  if (job.weights.token_weight) {  // whose products float32 may not hold
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const auto weight = static_cast<double>(rows.weight.values[lane]);
+      if (!(weight > 0)) continue;
+      sums.nll += weight * static_cast<double>(rows.nll.values[lane]);
+      sums.likelihood_loss += weight * static_cast<double>(rows.likelihood_loss.values[lane]);
+    }
+  } else {
+    sums.nll += static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.nll.values}));
+    sums.likelihood_loss +=
+        static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.likelihood_loss.values}));
+  }
   if (!job.nll && !job.prediction && !job.entropy) return;
 
   const Lanes<lanes> log_sum_exp{rows.maximum.values + rows.log_sum.values};
@@ -148,7 +158,8 @@ template <int lanes>
     int64_t prediction = rows.target_logit.values[lane] >= rows.maximum.values[lane] ? std::min(target, other) : other;
     if (prediction == job.columns) prediction = target;  // of NaN
     job.prediction[index] = counts ? prediction : 0;
-    if (counts && prediction == target) sums.hits += static_cast<double>(rows.weight.values[lane]);
+    const bool is_hit = counts && prediction == target && !is_nan(static_cast<double>(rows.nll.values[lane]));
+    if (is_hit) sums.hits += static_cast<double>(rows.weight.values[lane]);
   }
 }
 
@@ -160,11 +171,12 @@ template <int lanes>
   alignas(64) float scales[size_t{lanes}] = {}, target_gradients[size_t{lanes}];
   for (int64_t lane = 0; lane < count; ++lane) {
     const double upstream = job.upstream ? static_cast<double>(job.upstream[begin + lane]) : 1.0;
-    scales[lane] = static_cast<float>(without_payload(upstream * job.likelihood_scale));
+    const double weight =
+        static_cast<double>(rows.weight.values[lane]) * static_cast<double>(rows.class_weight.values[lane]);
+    scales[lane] = static_cast<float>(without_payload(upstream * job.likelihood_scale * weight));
   }
   Lanes<lanes> values, factor;
   load<lanes>(scales, factor);
-  factor.values *= rows.weight.values * rows.class_weight.values;
   factor.values /= rows.others.values + rows.target_exponential.values;
   store<lanes>({-factor.values * rows.others.values}, target_gradients);
   for (int64_t column = 0; column < job.columns; ++column) {
@@ -176,7 +188,7 @@ template <int lanes>
   for (int64_t lane = 0; lane < count; ++lane) {
     void* const gradient = job.gradient_of(begin + lane);
     float* const row = is_float ? static_cast<float*>(gradient) : scratch.rows + lane * job.columns;
-    if (rows.targets[lane] < 0) {
+    if (rows.targets[lane] < 0 || !(rows.class_weight.values[lane] > 0)) {  // whatever the logits are
       std::memset(row, 0, sizeof(float) * static_cast<size_t>(job.columns));
     } else {
       for (int64_t column = 0; column < job.columns; ++column) row[column] = columns[column * lanes + lane];

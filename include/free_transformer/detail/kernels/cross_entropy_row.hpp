@@ -90,6 +90,10 @@ inline void write_gradient(const CrossEntropyJob& job, int64_t index, double wei
   const int64_t target = job.weights.targets[index];
   const double target_weight = job.class_weight_of(index);
   const double upstream = weight * (job.upstream ? static_cast<double>(job.upstream[index]) : 1.0);
+  if (!(target_weight > 0 || job.label_smoothing > 0 || job.z_loss > 0)) {  // whatever the logits are
+    std::memset(gradient, 0, static_cast<size_t>(job.columns * bytes_of(job.element)));
+    return;
+  }
   const double of_likelihood = upstream * job.likelihood_scale * (1 - job.label_smoothing) * target_weight;
   const double spread = upstream * job.likelihood_scale * job.label_smoothing / static_cast<double>(job.columns);
   const double beside = spread * job.class_weight_sum + 2 * upstream * job.z_scale * job.z_loss * log_sum_exp;
@@ -125,8 +129,10 @@ inline CrossEntropyRow process_row(const CrossEntropyJob& job, int64_t index, do
   void* const gradient = job.gradient_of(index);
   const void* const logits = job.logits_of(index);
   float target_logit = load_number(logits, job.element, target);
-  if (job.softcap > 0) {
-    target_logit = static_cast<float>(job.softcap * std::tanh(static_cast<double>(target_logit) / job.softcap));
+  if (job.softcap > 0) {  // by the arithmetic of the others: equal logits stay equal
+    std::fill_n(scratch.results, scratch.lanes, target_logit);
+    run_vectorized(Cap{scratch.results, scratch.lanes, static_cast<float>(job.softcap), scratch.slopes.get()});
+    target_logit = scratch.results[0];
   }
   CrossEntropyRow row(target_logit, target);
   reduce_row(job, target, logits, gradient, scratch, row);

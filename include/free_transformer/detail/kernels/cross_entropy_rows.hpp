@@ -13,6 +13,7 @@
 #include "free_transformer/detail/kernels/cross_entropy_row.hpp"
 #include "free_transformer/detail/kernels/cross_entropy_stretch.hpp"
 #include "free_transformer/detail/kernels/vector/instruction_set.hpp"
+#include "free_transformer/detail/numbers.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
@@ -44,7 +45,7 @@ inline void finish_row(const CrossEntropyJob& job, int64_t index, double weight,
   }
   if (job.prediction) {
     job.prediction[index] = row.prediction;
-    if (row.prediction == job.weights.targets[index]) sums.hits += weight;
+    if (row.prediction == job.weights.targets[index] && !is_nan(nll)) sums.hits += weight;
   }
   if (job.entropy) {  // -sum_c p_c log p_c with -log p_c = log_sum + maximum - x_c: no term is negative, none cancels
     double of_target = row.target_exponential * static_cast<double>(row.maximum - row.target_logit);

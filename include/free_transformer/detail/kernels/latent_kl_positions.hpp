@@ -286,6 +286,12 @@ inline void process_group(const LatentJob& job, int64_t begin, int64_t end, Late
             ? hinge_each_bit(kl + offset, job.bits, static_cast<float>(job.free_bits), derivatives + offset)
             : static_cast<float>(static_cast<double>(kl_of_positions[position]) - job.free_bits);
     factors[position] = static_cast<float>(without_payload(hinge_position(job, begin + position, excess, sums)));
+    if (!is_finite(static_cast<double>(factors[position]))) {  // of a closed bit it would make NaN
+      for (float* bit = derivatives + offset; bit < derivatives + offset + job.bits; ++bit) {
+        if (!is_zero(static_cast<double>(*bit))) *bit *= factors[position];
+      }
+      factors[position] = 1;
+    }
   }
   if (!job.gradient) return;
   const bool is_written_at_once = job.element == Element::float32;

@@ -67,7 +67,7 @@ inline at::Tensor bernoulli_kl_gradient(const at::Tensor& logits, const at::Tens
   const at::Tensor s = minus_abs(logits).exp();
   const at::Tensor variance = s / (1 + s).square();
   const at::Tensor difference = prior_logits.defined() ? logits - prior_logits : logits;
-  return (difference * variance).masked_fill(variance == 0, 0);
+  return difference.masked_fill(variance == 0, 0) * variance;  // also in its own derivative
 }
 
 /// d KL / d r = sigmoid(r) - sigmoid(l).

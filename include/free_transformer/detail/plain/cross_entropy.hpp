@@ -236,12 +236,13 @@ inline at::Tensor weighted_sum(const at::Tensor& values, const CrossEntropyPosit
   return ordered_sum(weighted, wide);
 }
 
-/// True where the most likely class is the target, or the most likely class of the target's probabilities.
-inline at::Tensor hits(const at::Tensor& prediction, const CrossEntropySettings& settings,
+/// True where the most likely class is the target, or the most likely class of the target's probabilities. Where the loss is
+/// NaN no class is the most likely one.
+inline at::Tensor hits(const CrossEntropyRows& rows, const CrossEntropySettings& settings,
                        const CrossEntropyPositions& positions) {
   const at::Tensor hit =
-      prediction == (settings.has_probabilities() ? settings.targets.argmax(-1) : positions.class_index);
-  return without_left_out(hit, positions);
+      rows.prediction == (settings.has_probabilities() ? settings.targets.argmax(-1) : positions.class_index);
+  return without_left_out(hit & (rows.nll == rows.nll), positions);
 }
 
 /// See `ReconstructionSum`.
@@ -250,11 +251,10 @@ inline at::Tensor reconstruction_sums(const CrossEntropyRows& rows, const CrossE
   const at::Tensor none = at::zeros({}, positions.scales.options());
   const at::Tensor likelihood = weighted_sum(rows.likelihood_loss, positions);
   const bool is_nll = rows.nll.is_same(rows.likelihood_loss);
-  return at::stack(
-      {likelihood, positions.scales[weight_of_likelihood],
-       settings.z_loss > 0 ? weighted_sum(rows.log_sum_exp.square(), positions) * settings.z_loss : none,
-       positions.scales[weight_of_tokens], is_nll ? likelihood : weighted_sum(rows.nll, positions),
-       rows.prediction.defined() ? weighted_sum(hits(rows.prediction, settings, positions), positions) : none});
+  return at::stack({likelihood, positions.scales[weight_of_likelihood],
+                    settings.z_loss > 0 ? weighted_sum(rows.log_sum_exp.square(), positions) * settings.z_loss : none,
+                    positions.scales[weight_of_tokens], is_nll ? likelihood : weighted_sum(rows.nll, positions),
+                    rows.prediction.defined() ? weighted_sum(hits(rows, settings, positions), positions) : none});
 }
 
 /// The rows of blocks as those of the whole.
@@ -369,7 +369,11 @@ inline at::Tensor differentiable_cross_entropy_gradient(const at::Tensor& logits
   const auto type = arithmetic_type(logits.scalar_type());
   const auto column = [](const at::Tensor& values) { return values.unsqueeze(1); };
   const bool is_complete = known.token_weight.defined();  // kernels leave the scales alone
-  const auto positions = is_complete ? known : cross_entropy_positions(settings, classes, type, Normalization());
+  auto positions = is_complete ? known : cross_entropy_positions(settings, classes, type, Normalization());
+  if (positions.target_weight.defined() && !(settings.label_smoothing > 0 || settings.z_loss > 0)) {
+    const at::Tensor has_no_loss = positions.target_weight == 0;  // whatever its logits
+    positions.left_out = positions.left_out.defined() ? positions.left_out | has_no_loss : has_no_loss;
+  }
   const at::Tensor weighted = upstream * positions.token_weight, scales = known.scales.to(type);
   const at::Tensor likelihood = weighted * scales[scale_of_likelihood];
   at::Tensor x = without_left_out(logits.reshape({-1, classes}).to(type), positions);
@@ -381,7 +385,8 @@ inline at::Tensor differentiable_cross_entropy_gradient(const at::Tensor& logits
   }
   at::Tensor coefficients;
   if (settings.has_probabilities()) {
-    coefficients = smoothed_probabilities(settings.targets, settings, type) * column(likelihood);
+    const at::Tensor probabilities = smoothed_probabilities(settings.targets, settings, type);
+    coefficients = without_left_out(probabilities, positions) * column(likelihood);
   } else {
     coefficients = at::zeros_like(x).scatter_(1, column(positions.class_index), 1 - settings.label_smoothing) +
                    settings.label_smoothing / static_cast<double>(classes);
