@@ -134,6 +134,11 @@ TEST_CASE("A row whose loss is NaN is no hit", "[statistics][metrics]") {
           const Tensor targets = indices({0, 0, 4});
           const auto found = compute_token_statistics(logits, targets);
           CHECK(values(found.hit) == std::vector<double>{0, 0, 1});
+          CHECK(found.log_sum_exp[0].isnan().item<bool>());
+          const auto weightless = ReconstructionLossOptions().weight(torch::zeros({classes}, type)).z_loss(0.25);
+          const Tensor losses = compute_reconstruction_loss(
+              logits, targets, ReconstructionLossOptions(weightless).reduction(torch::kNone));
+          CHECK(values(losses.isnan()) == std::vector<double>{1, 1, 0});
           const auto options = VAELossOptions().latent_dim(2).accuracy(true);
           const auto metrics = compute_vae_loss(logits, targets, torch::zeros({3, 2}), options).metrics;
           CHECK(metrics.at("metrics/accuracy") == 1.0 / 3);

@@ -140,7 +140,8 @@ template <int lanes>
   }
   if (!job.nll && !job.prediction && !job.entropy) return;
 
-  const Lanes<lanes> log_sum_exp{rows.maximum.values + rows.log_sum.values};
+  const Lanes<lanes> lse{rows.maximum.values + rows.log_sum.values};
+  const Lanes<lanes> log_sum_exp{rows.nll.values == rows.nll.values ? lse.values : rows.nll.values};
   const Lanes<lanes> of_target{target_exponential <= 0.0f ? target_exponential : target_exponential * below.values};
   const Lanes<lanes> entropy{rows.log_sum.values +
                              (rows.surprises.values + of_target.values) / (others + target_exponential)};

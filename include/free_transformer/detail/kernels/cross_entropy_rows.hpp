@@ -34,7 +34,7 @@ inline void finish_row(const CrossEntropyJob& job, int64_t index, double weight,
     likelihood_loss +=
         job.label_smoothing / static_cast<double>(job.columns) * (job.class_weight_sum * log_sum + row.surprise);
   }
-  const double log_sum_exp = static_cast<double>(row.maximum) + log_sum;
+  const double log_sum_exp = is_nan(nll) ? nll : static_cast<double>(row.maximum) + log_sum;  // of no possible class
   sums.likelihood_loss += weight * likelihood_loss;
   sums.z_loss += weight * log_sum_exp * log_sum_exp;
   sums.nll += weight * nll;
