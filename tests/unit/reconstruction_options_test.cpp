@@ -322,20 +322,32 @@ TEST_CASE("A target of a class of weight 0 has no gradient, whatever the logits 
   }
 }
 
-TEST_CASE("A mean does not depend on the scale of its weights, as far as float32 holds them",
-          "[reconstruction][options]") {
-  for (const int64_t classes : {5, 100}) {
-    const Tensor logits = leaf(eighths({3, classes}, torch::kFloat)), targets = indices({4, 1, 2});
-    const Tensor plain = compute_reconstruction_loss(logits, targets), expected = gradient(plain, logits);
-    for (const double scale : {1e-25, 1e-38, 1e25, 1e38}) {
-      INFO(classes << " classes, weights " << scale);
-      const auto options = ReconstructionLossOptions()
-                               .token_weight(torch::full({3}, scale, torch::kFloat))
-                               .weight(torch::full({classes}, scale, torch::kFloat));
-      const Tensor loss = compute_reconstruction_loss(logits, targets, options);
-      CHECK(difference(loss, plain, reconstruction_option_steps * epsilon(torch::kFloat)) == "");
-      CHECK(difference(gradient(loss, logits), expected, reconstruction_option_steps * epsilon(torch::kFloat)) == "");
+TEST_CASE("A mean does not depend on the scale of its weights, and what float32 cannot multiply is refused",
+          "[reconstruction][options][cpu]") {
+  const auto type = GENERATE(torch::kDouble, torch::kFloat);
+  const int64_t classes = GENERATE(5, 100);
+  const bool strided = GENERATE(false, true);
+  const Tensor dense = eighths({3, classes}, type), targets = indices({4, 1, 2}), z_logits = eighths({3, 2}, type);
+  const Tensor logits = leaf(strided ? with_strided_rows(dense) : dense);
+  const Tensor plain = compute_reconstruction_loss(logits, targets), expected = gradient(plain, logits);
+  for (const double scale : {1e-50, 1e-16, 1e-15, 1e-8, 1e8, 1e15, 1e16, 1e39}) {
+    INFO(type << ", " << classes << " classes, strided " << strided << ", weights " << scale);
+    const Tensor token_weight = torch::full({3}, scale, torch::kDouble);
+    const auto options =
+        ReconstructionLossOptions().token_weight(token_weight).weight(torch::full({classes}, scale, torch::kDouble));
+    const auto latent_options = KLDivergenceOptions().latent_dim(2).token_weight(token_weight);
+    if (type == torch::kFloat && (scale < 1e-15 || scale > 1e15)) {
+      const std::string refusal = "token_weight must be 0 everywhere or have its largest value in [1e-15, 1e15], got ";
+      CHECK(error_of([&] { compute_reconstruction_loss(logits, targets, options); }).find(refusal) !=
+            std::string::npos);
+      CHECK(error_of([&] { compute_kl_divergence(z_logits, latent_options); }).find(refusal) != std::string::npos);
+      continue;
     }
+    const Tensor loss = compute_reconstruction_loss(logits, targets, options);
+    CHECK(difference(loss, plain, reconstruction_option_steps * epsilon(type)) == "");
+    CHECK(difference(gradient(loss, logits), expected, reconstruction_option_steps * epsilon(type)) == "");
+    CHECK(difference(compute_kl_divergence(z_logits, latent_options), compute_kl_divergence(z_logits, 2),
+                     reconstruction_option_steps * epsilon(type)) == "");
   }
 }
 

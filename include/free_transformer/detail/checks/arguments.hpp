@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "free_transformer/detail/checks/transforms.hpp"
@@ -56,14 +57,20 @@ inline void check_logits(const char* function, const char* argument, const at::T
   check_no_transform(function, argument, logits);
 }
 
-inline void check_weight_values(const char* function, const char* argument, const at::Tensor& weight) {
+/// `type` is what a loss computes in: weights may have any scale that float32 can multiply.
+inline void check_weight_values(const char* function, const char* argument, const at::Tensor& weight,
+                                at::ScalarType type) {
   if (!weight.device().is_cpu()) return;
+  double largest = 0;
   const at::Tensor values = weight.to(at::kDouble).contiguous();
   const double* data = values.data_ptr<double>();
   for (int64_t index = 0; index < values.numel(); ++index) {
     TORCH_CHECK(is_finite(data[index]) && data[index] >= 0, function, ": ", argument, " must be finite and >= 0, got ",
                 data[index], " at index ", index);
+    largest = std::max(largest, data[index]);
   }
+  TORCH_CHECK(type == at::kDouble || is_zero(largest) || (largest >= 1e-15 && largest <= 1e15), function, ": ", argument,
+              " must be 0 everywhere or have its largest value in [1e-15, 1e15], got ", largest);
 }
 
 /// The weight of each position as [N] of the given type; undefined if there is none. positions is the shape of the
@@ -80,9 +87,9 @@ inline at::Tensor checked_token_weight(const char* function, const at::Tensor& t
   check_device(function, "token_weight", token_weight, "the logits", device);
   check_constant(function, "token_weight", token_weight);
   check_no_transform(function, "token_weight", token_weight);
-  const at::Tensor values = readable(token_weight).to(type);
-  check_weight_values(function, "token_weight", values);
-  return values.reshape({-1}).contiguous();
+  const at::Tensor values = readable(token_weight);
+  check_weight_values(function, "token_weight", values, type);
+  return values.to(type).reshape({-1}).contiguous();
 }
 
 /// The weight of each class as [V] of the given type; undefined if there is none.
@@ -95,9 +102,9 @@ inline at::Tensor checked_class_weight(const char* function, const at::Tensor& w
   check_device(function, "weight", weight, "the logits", device);
   check_constant(function, "weight", weight);
   check_no_transform(function, "weight", weight);
-  const at::Tensor values = readable(weight).to(type);
-  check_weight_values(function, "weight", values);
-  return values.contiguous();
+  const at::Tensor values = readable(weight);
+  check_weight_values(function, "weight", values, type);
+  return values.to(type).contiguous();
 }
 
 inline void check_target_values(const char* function, const at::Tensor& targets, int64_t classes,

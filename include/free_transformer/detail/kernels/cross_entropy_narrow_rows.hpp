@@ -126,18 +126,8 @@ template <int lanes>
   rows.nll.values = rows.log_sum.values + below.values;
   const Lanes<lanes> weighted{rows.class_weight.values * rows.nll.values};
   rows.likelihood_loss.values = rows.class_weight.values > 0.0f ? weighted.values : rows.class_weight.values;
-  if (job.weights.token_weight) {  // whose products float32 may not hold
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const auto weight = static_cast<double>(rows.weight.values[lane]);
-      if (!(weight > 0)) continue;
-      sums.nll += weight * static_cast<double>(rows.nll.values[lane]);
-      sums.likelihood_loss += weight * static_cast<double>(rows.likelihood_loss.values[lane]);
-    }
-  } else {
-    sums.nll += static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.nll.values}));
-    sums.likelihood_loss +=
-        static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.likelihood_loss.values}));
-  }
+  sums.nll += static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.nll.values}));
+  sums.likelihood_loss += static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.likelihood_loss.values}));
   if (!job.nll && !job.prediction && !job.entropy) return;
 
   const Lanes<lanes> lse{rows.maximum.values + rows.log_sum.values};
@@ -172,12 +162,11 @@ template <int lanes>
   alignas(64) float scales[size_t{lanes}] = {}, target_gradients[size_t{lanes}];
   for (int64_t lane = 0; lane < count; ++lane) {
     const double upstream = job.upstream ? static_cast<double>(job.upstream[begin + lane]) : 1.0;
-    const double weight =
-        static_cast<double>(rows.weight.values[lane]) * static_cast<double>(rows.class_weight.values[lane]);
-    scales[lane] = static_cast<float>(without_payload(upstream * job.likelihood_scale * weight));
+    scales[lane] = static_cast<float>(without_payload(upstream * job.likelihood_scale));
   }
   Lanes<lanes> values, factor;
   load<lanes>(scales, factor);
+  factor.values *= rows.weight.values * rows.class_weight.values;
   factor.values /= rows.others.values + rows.target_exponential.values;
   store<lanes>({-factor.values * rows.others.values}, target_gradients);
   for (int64_t column = 0; column < job.columns; ++column) {
