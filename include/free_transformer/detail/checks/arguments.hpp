@@ -69,8 +69,8 @@ inline void check_weight_values(const char* function, const char* argument, cons
                 data[index], " at index ", index);
     largest = std::max(largest, data[index]);
   }
-  TORCH_CHECK(type == at::kDouble || is_zero(largest) || (largest >= 1e-15 && largest <= 1e15), function, ": ", argument,
-              " must be 0 everywhere or have its largest value in [1e-15, 1e15], got ", largest);
+  TORCH_CHECK(type == at::kDouble || is_zero(largest) || (largest >= 1e-15 && largest <= 1e15), function, ": ",
+              argument, " must be 0 everywhere or have its largest value in [1e-15, 1e15], got ", largest);
 }
 
 /// The weight of each position as [N] of the given type; undefined if there is none. positions is the shape of the
