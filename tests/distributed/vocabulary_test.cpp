@@ -177,6 +177,16 @@ TEST_CASE("Extreme logits over a split vocabulary are those of all columns", "[v
   }
 }
 
+TEST_CASE("Losses over a split vocabulary may be changed in place", "[vocabulary][graph]") {
+  const Tensor logits = eighths({2, 3, 12}), targets = torch::arange(6).reshape({2, 3});
+  const auto options = ReconstructionLossOptions().reduction(torch::kNone);
+  const Tensor own = leaf(Columns(12).of(logits));
+  const Tensor expected = gradient(compute_reconstruction_loss(shard_of(logits, own), targets, options).sum(), own);
+  const Tensor loss = compute_reconstruction_loss(shard_of(logits, own), targets, options);
+  loss.mul_(2);
+  CHECK(same_bits(gradient(loss.sum(), own), expected * 2));
+}
+
 TEST_CASE("A NaN or an infinity over a split vocabulary shows in its row's loss alone", "[vocabulary]") {
   for (const double bad : {not_a_number, infinity}) {
     Tensor logits = eighths({3, 12});

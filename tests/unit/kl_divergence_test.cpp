@@ -183,6 +183,31 @@ TEST_CASE("A sum and unreduced penalties have the gradient of the mean times the
   CHECK(difference(gradient(loss * 3, z_logits), of_mean * 3, 4 * epsilon(torch::kDouble)) == "");
 }
 
+TEMPLATE_TEST_CASE("A latent penalty may be changed in place, with a graph and without", "[kl][graph]", PerPosition,
+                   PerBit, BatchMean) {
+  const auto factor = leaf(torch::full({}, 0.5));
+  for (const auto type : all_types) {
+    for (const std::vector<int64_t>& positions : {std::vector<int64_t>{}, {3}, {2, 3}, {0}}) {
+      auto shape = positions;
+      shape.push_back(4);
+      const Tensor z_logits = leaf(eighths(shape, type));
+      for (const auto& options : {with(4, 0.25, torch::kNone), with(4, 0.25, torch::kSum),
+                                  with(4, 0.25, torch::kNone).prior_logits(eighths({4}, type, 2))}) {
+        INFO(type << ", " << positions.size() << " dimensions");
+        const Tensor expected = gradient(compute_kl_divergence<TestType>(z_logits, options).sum(), z_logits);
+        const Tensor loss = compute_kl_divergence<TestType>(z_logits, options);
+        const Tensor before = loss.detach().clone();
+        loss.mul_(factor).add_(1);
+        CHECK(same_bits(loss, before * 0.5 + 1));
+        CHECK(difference(gradient(loss.sum(), z_logits), expected / 2, 0, 0, 2) == "");
+        const Tensor frozen = compute_kl_divergence<TestType>(z_logits.detach(), options);
+        frozen.mul_(factor);
+        CHECK(frozen.requires_grad());
+      }
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("The latent KL agrees with finite differences in both orders", "[kl][gradient]", PerPosition, PerBit,
                    BatchMean, user::Square) {
   // Positions and bits on both sides of the budget, none within 1/32 of it, where the hinge has no derivative.

@@ -283,6 +283,25 @@ TEST_CASE("A frozen input of the mapper gets no gradient, and costs none", "[lat
   CHECK(same_bits(map_latent_codes(z_leaf, codes, codebook_leaf), codebook.index_select(0, codes)));
 }
 
+TEST_CASE("Rows of the mapper may be changed in place, with a graph and without", "[latent_code][mapper][graph]") {
+  for (const std::vector<int64_t>& positions : {std::vector<int64_t>{}, {3}, {1, 3}, {3, 1}, {0}, {2, 3}}) {
+    auto shape = positions;
+    shape.push_back(4);
+    const Tensor z = random(shape, 1), codes = torch::arange(z.numel() / 4).reshape(positions);
+    const Tensor codebook = leaf(random({16, 5}, 2)), z_logits = leaf(z), bias = leaf(random({5}, 3));
+    const Tensor of_z = gradient(map_latent_codes(z_logits, codes, codebook).sum(), z_logits);
+    const Tensor rows = map_latent_codes(z_logits, codes, codebook);
+    rows.mul_(2).add_(bias);
+    CHECK(same_bits(rows, codebook.index({codes}) * 2 + bias));
+    CHECK(same_bits(gradient(rows.sum(), z_logits), of_z * 2));
+    CHECK(gradient(rows.sum(), codebook).sum().item<double>() == 2.0 * static_cast<double>(rows.numel()));
+    CHECK(gradient(rows.sum(), bias).sum().item<double>() == static_cast<double>(rows.numel()));
+    Tensor frozen = map_latent_codes(z, codes, codebook.detach());
+    frozen += bias;
+    CHECK(gradient(frozen.sum(), bias).sum().item<double>() == static_cast<double>(rows.numel()));
+  }
+}
+
 TEST_CASE("Twice through a retained graph of the mapper gives the same, create_graph is refused",
           "[latent_code][mapper][errors]") {
   const Tensor z_logits = leaf(random({2, 3}, 1)), codebook = leaf(random({8, 4}, 2));

@@ -78,6 +78,36 @@ TEST_CASE("A sum and unreduced losses have the gradient of the mean times the nu
   CHECK(difference(of_each, of_mean * 3 * upstream.unsqueeze(1), 4 * epsilon(torch::kDouble)) == "");
 }
 
+TEST_CASE("A loss may be changed in place, with a graph and without", "[reconstruction][graph]") {
+  const auto factor = leaf(torch::full({}, 0.5));
+  for (const auto type : all_types) {
+    for (const std::vector<int64_t>& positions : {std::vector<int64_t>{}, {3}, {2, 3}, {0}}) {
+      auto shape = positions;
+      shape.push_back(4);
+      const Tensor logits = leaf(eighths(shape, type)), targets = torch::ones(positions, torch::kLong);
+      const Tensor weight = leaf(eighths({5, 4}, type, 2) / 8);
+      for (const auto& reduction : {Reduction(torch::kNone), Reduction(torch::kSum)}) {
+        INFO(type << ", positions " << positions << ", " << positions.size());
+        const auto check = [&](const auto& source, const Tensor& input) {
+          const Tensor expected = gradient(compute_reconstruction_loss(source, targets, with(reduction)).sum(), input);
+          const Tensor loss = compute_reconstruction_loss(source, targets, with(reduction));
+          const Tensor before = loss.detach().clone();
+          loss.mul_(factor).add_(1);
+          CHECK(same_bits(loss, before * 0.5 + 1));
+          // Half of them, exactly, but where a half type is short of exponents.
+          CHECK(difference(gradient(loss.sum(), input), expected / 2, 0, 0, 2) == "");
+          CHECK(difference(gradient(loss.sum(), factor), before.sum(), 4 * epsilon(torch::kFloat)) == "");
+        };
+        check(logits, logits);
+        check(LinearLogits(logits, weight), weight);
+        const Tensor frozen = compute_reconstruction_loss(logits.detach(), targets, with(reduction));
+        frozen.mul_(factor);
+        CHECK(frozen.requires_grad());
+      }
+    }
+  }
+}
+
 TEST_CASE("A scaled loss scales its gradient", "[reconstruction][gradient]") {
   const Tensor logits = leaf(eighths({4, 6}));
   const Tensor targets = tensor(std::vector<int64_t>{5, -100, 0, 2}, {4});

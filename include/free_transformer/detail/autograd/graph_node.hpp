@@ -106,6 +106,11 @@ inline bool needs_graph(const GraphOperation::Tensors& inputs) {
                      [](const at::Tensor& input) { return input.defined() && input.requires_grad(); });
 }
 
+/// A view that was made without a graph must not be changed in place with one. The same memory as a tensor of its own may.
+inline at::Tensor as_no_view(const at::Tensor& tensor) {
+  return tensor.is_view() ? at::_unsafe_view(tensor, tensor.sizes()) : tensor;
+}
+
 /// The operation's results.
 inline GraphOperation::Tensors apply_in_graph(const c10::intrusive_ptr<GraphOperation>& operation,
                                               const GraphOperation::Tensors& inputs) {
@@ -113,6 +118,7 @@ inline GraphOperation::Tensors apply_in_graph(const c10::intrusive_ptr<GraphOper
   const bool has_graph = needs_graph(inputs);
   const at::NoGradGuard no_grad;
   auto results = operation->node_forward(static_cast<GraphNode&>(*node), inputs);
+  results[0] = as_no_view(results[0]);
   if (has_graph) torch::autograd::impl::set_gradient_edge(results[0], {node, node->add_input_metadata(results[0])});
   return results;
 }

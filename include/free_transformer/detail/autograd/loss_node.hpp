@@ -55,7 +55,9 @@ inline LossAndSums run(const c10::intrusive_ptr<LossPass>& pass, const LossPass:
     return {std::move(results[0]), std::move(results[1])};
   }
   const at::NoGradGuard no_grad;
-  return pass->forward(inputs, /*needs_gradient=*/false);
+  LossAndSums result = pass->forward(inputs, /*needs_gradient=*/false);
+  result.loss = as_no_view(result.loss);
+  return result;
 }
 
 }  // namespace free_transformer::FREE_TRANSFORMER_DETAIL
