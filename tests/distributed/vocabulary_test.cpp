@@ -177,6 +177,61 @@ TEST_CASE("Extreme logits over a split vocabulary are those of all columns", "[v
   }
 }
 
+TEST_CASE("A shard that is masked as a whole has no gradient, wherever the other logits lie",
+          "[vocabulary][gradient]") {
+  const auto smoothed = ReconstructionLossOptions().z_loss(0.01).softcap(500);
+  for (const auto type : {torch::kDouble, torch::kFloat, torch::kBFloat16}) {
+    for (const double offset : {-1e4, -100.0, 0.0, 100.0}) {
+      for (const auto& options : {ReconstructionLossOptions(), smoothed}) {
+        if (offset == -1e4 && options.softcap() > 0) continue;  // where a cap has no slope
+        INFO(type << ", offset " << offset << ", softcap " << options.softcap());
+        Tensor masked = (eighths({3, 12}) / 4 + offset).to(type);
+        masked.narrow(1, 4, 8).fill_(-infinity);  // of two ranks the second, of three or four two
+        masked[1][5] = offset;                    // in one row one of them has a class
+        // To a coefficient's error come the roundings of an lse near the offset, in the type of arithmetic.
+        const double bound = type == torch::kDouble ? 1e-10 : type == torch::kFloat ? 2e-5 : 2e-2;
+        CHECK(difference_from_dense(masked, tensor(std::vector<int64_t>{0, 5, 3}, {3}), options, bound) == "");
+      }
+    }
+  }
+}
+
+TEST_CASE("A bias that masks a shard of the head leaves the gradient of hidden", "[vocabulary][linear][gradient]") {
+  const Tensor weight = eighths({12, 3}, torch::kFloat) / 16, targets = tensor(std::vector<int64_t>{0, 3}, {2});
+  Tensor bias = torch::full({12}, -100.0F);
+  bias.narrow(0, 4, 8).fill_(-infinity);
+  const Tensor hidden = leaf(eighths({2, 3}, torch::kFloat, 2)), own = leaf(hidden);
+  const Tensor expected = gradient(compute_reconstruction_loss(LinearLogits(hidden, weight, bias), targets), hidden);
+  const Columns columns(12);
+  const LinearLogits head(own, columns.of(weight, 0), columns.of(bias, 0));
+  const Tensor loss = compute_reconstruction_loss(VocabParallelLogits(head, group(), 12), targets);
+  CHECK(difference(gradient(loss, own), expected, 2e-5, largest_of(expected)) == "");
+}
+
+TEST_CASE("A number that all logits of a split vocabulary have in common changes no digit", "[vocabulary][gradient]") {
+  const Tensor targets = tensor(std::vector<int64_t>{0, 5, 11}, {3});
+  for (const double smoothing : {0.0, 0.1}) {
+    const auto options = ReconstructionLossOptions().label_smoothing(smoothing);
+    const Tensor logits = leaf(eighths({3, 12}));  // whole multiples of a step at 1e12, too
+    const Tensor expected = compute_reconstruction_loss(logits, targets, options);
+    const Tensor slope = Columns(12).of(gradient(expected, logits));
+    for (const double offset : {1024.0, -1e9, 1e12}) {
+      INFO("smoothing " << smoothing << ", offset " << offset);
+      const Tensor own = leaf(Columns(12).of(logits.detach() + offset));
+      const Tensor loss = compute_reconstruction_loss(VocabParallelLogits(own, group(), 12), targets, options);
+      CHECK(difference(loss, expected, relative, 1) == "");
+      CHECK(difference(gradient(loss, own), slope, relative, 1) == "");
+    }
+  }
+  for (const auto type : {torch::kDouble, torch::kFloat}) {
+    const Tensor own = leaf(Columns(12).of(torch::full({3, 12}, 1e30, type)));
+    const Tensor loss = compute_reconstruction_loss(VocabParallelLogits(own, group(), 12), targets);
+    const Tensor expected = torch::full({3, 12}, 1.0 / 36, torch::kDouble).scatter(1, targets.unsqueeze(1), -11.0 / 36);
+    CHECK(difference(loss, {std::log(12.0)}, 8 * epsilon(type)) == "");
+    CHECK(difference(gradient(loss, own), Columns(12).of(expected), 8 * epsilon(type)) == "");
+  }
+}
+
 TEST_CASE("Losses over a split vocabulary may be changed in place", "[vocabulary][graph]") {
   const Tensor logits = eighths({2, 3, 12}), targets = torch::arange(6).reshape({2, 3});
   const auto options = ReconstructionLossOptions().reduction(torch::kNone);

@@ -219,13 +219,14 @@ inline CrossEntropyRows rows_of_vocabulary(const VocabularyRows& of, const Cross
                                            const CrossEntropyPositions& positions, int64_t vocab_size) {
   CrossEntropyRows rows;
   rows.nll = plain::loss_of_log_odds(of.others.log() + (of.reference - of.target));
-  rows.log_sum_exp = (of.others + (of.target - of.reference).exp_()).log_() + of.reference;
+  const at::Tensor log_sum = (of.others + (of.target - of.reference).exp_()).log_();
+  rows.log_sum_exp = log_sum + of.reference;
   rows.likelihood_loss = rows.nll;
   if (of.target_weight.defined()) {
     rows.likelihood_loss = (of.target_weight * rows.nll).masked_fill_(of.target_weight == 0, 0);
   }
   if (settings.label_smoothing > 0) {
-    const at::Tensor spread = of.surprise + of.weight * (rows.log_sum_exp - of.reference);
+    const at::Tensor spread = of.surprise + of.weight * log_sum;
     rows.likelihood_loss = plain::smoothed_loss(rows.likelihood_loss, spread, settings, vocab_size);
   }
   if (of.moment.defined()) rows.entropy = plain::without_left_out(entropy_of_vocabulary(of, rows.nll), positions);
@@ -239,7 +240,8 @@ inline CrossEntropyRows rows_of_vocabulary(const VocabularyRows& of, const Cross
 
 /// What the gradient of a rank's columns is made of, [N] in float64 without upstream: saved for backward.
 struct ShardGradient {
-  at::Tensor maximum, log_sum_exp;  ///< of the columns here, of all
+  at::Tensor maximum;               ///< of the columns here without the target's, or 0 if that is -inf
+  at::Tensor share_of_maximum;      ///< probability of a class with that logit
   at::Tensor others_share;          ///< probability of all classes but the target
   at::Tensor target_share;          ///< probability of the target
   at::Tensor of_target, of_others;  ///< of the loss: coefficients of the target's and of all other surprises
@@ -247,7 +249,7 @@ struct ShardGradient {
   at::Tensor is_zero;               ///< bool: the row's gradient is 0, whatever its logits; undefined if for none
 
   std::vector<at::Tensor*> tensors() {
-    return {&maximum, &log_sum_exp, &others_share, &target_share, &of_target, &of_others, &of_each, &is_zero};
+    return {&maximum, &share_of_maximum, &others_share, &target_share, &of_target, &of_others, &of_each, &is_zero};
   }
 };
 
@@ -256,9 +258,11 @@ inline ShardGradient shard_gradient(const ShardRows& here, const VocabularyRows&
                                     int64_t vocab_size) {
   ShardGradient of;
   of.maximum = finite_or_zero(here.maximum);
-  of.log_sum_exp = rows.log_sum_exp;
-  of.others_share = (all.others.log() + (all.reference - rows.log_sum_exp)).exp_();
-  of.target_share = (all.target - rows.log_sum_exp).exp_();
+  // Not by way of lse, which is as large as the logits: exp(x - lse) would have none of the digits that lse is short of.
+  const at::Tensor target = (all.target - all.reference).exp_(), sum = all.others + target;
+  of.share_of_maximum = (here.maximum - all.reference).exp_() / sum;
+  of.others_share = all.others / sum;
+  of.target_share = target / sum;
   const at::Tensor likelihood = positions.token_weight * positions.scales[scale_of_likelihood];
   const at::Tensor weighted = all.target_weight.defined() ? likelihood * all.target_weight : likelihood;
   of.of_target = weighted;
@@ -291,7 +295,7 @@ inline void write_shard_gradient(const at::Tensor& block, const ShardTargets& ta
   const at::Tensor cap_derivative =
       settings.softcap > 0 ? plain::softcap_derivative(block, settings.softcap) : at::Tensor();
   const auto column = [&](const at::Tensor& values) { return values.to(type).unsqueeze(1); };
-  const at::Tensor factor = (of.maximum - of.log_sum_exp).exp_() * (of.of_target + of.of_others) * upstream;
+  const at::Tensor factor = of.share_of_maximum * (of.of_target + of.of_others) * upstream;
   const at::Tensor at_target = (of.of_others * of.target_share - of.of_target * of.others_share) * upstream;
   at::Tensor values = gradient.scalar_type() == type ? gradient : at::empty(gradient.sizes(), logits.options());
   // A target here is above the maximum of the others by any amount: its own entry is written over.
