@@ -1,6 +1,7 @@
 #include "free_transformer/latent_code.hpp"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/InferenceMode.h>
 
 #include "numeric.hpp"
 #include "peak_memory.hpp"
@@ -281,6 +282,25 @@ TEST_CASE("A frozen input of the mapper gets no gradient, and costs none", "[lat
   CHECK(codebook_leaf.grad().defined());
   const torch::NoGradGuard no_grad;
   CHECK(same_bits(map_latent_codes(z_leaf, codes, codebook_leaf), codebook.index_select(0, codes)));
+}
+
+TEST_CASE("The mapper works in inference mode, and with tensors from there where there is no graph",
+          "[latent_code][mapper]") {
+  const Tensor z = random({2, 3}, 1), codebook = leaf(random({8, 4}, 2)), codes = torch::tensor({1, 7});
+  const Tensor expected = codebook.detach().index_select(0, codes);
+  Tensor z_there, codes_there, codebook_there;
+  {
+    const c10::InferenceMode inference;
+    z_there = z.clone(), codes_there = codes.clone(), codebook_there = codebook.clone();
+    CHECK(same_bits(map_latent_codes(z_there, codes_there, codebook_there), expected));
+    CHECK(same_bits(map_latent_codes(z_there, codes_there, codebook), expected));
+    CHECK(same_bits(map_latent_codes(leaf(z), codes, codebook_there), expected));
+    CHECK(same_bits(pack_latent_bits(unpack_latent_codes(codes_there, 3)), codes));
+  }
+  CHECK(same_bits(map_latent_codes(z, codes_there, codebook.detach()), expected));
+  CHECK(same_bits(map_latent_codes(z_there, codes, codebook_there), expected));
+  const torch::NoGradGuard no_grad;
+  CHECK(same_bits(map_latent_codes(z_there, codes_there, codebook), expected));
 }
 
 TEST_CASE("Rows of the mapper may be changed in place, with a graph and without", "[latent_code][mapper][graph]") {

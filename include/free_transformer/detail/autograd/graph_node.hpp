@@ -44,8 +44,10 @@ class GraphNode final : public torch::autograd::Node {
 
   explicit GraphNode(c10::intrusive_ptr<BackwardOperation> operation) : operation_(std::move(operation)) {}
 
+  /// Nothing where there is no graph: inference tensors cannot be saved.
   void save_for_backward(const Tensors& tensors) {
     saved_.clear();
+    if (num_outputs() == 0) return;
     for (const at::Tensor& tensor : tensors) saved_.emplace_back(tensor, /*is_output=*/false);
   }
 
@@ -114,8 +116,8 @@ inline at::Tensor as_no_view(const at::Tensor& tensor) {
 /// The operation's results.
 inline GraphOperation::Tensors apply_in_graph(const c10::intrusive_ptr<GraphOperation>& operation,
                                               const GraphOperation::Tensors& inputs) {
-  const NodePointer node = node_on_top_of(operation, inputs);
   const bool has_graph = needs_graph(inputs);
+  const NodePointer node = has_graph ? node_on_top_of(operation, inputs) : make_graph_node(operation);
   const at::NoGradGuard no_grad;
   auto results = operation->node_forward(static_cast<GraphNode&>(*node), inputs);
   results[0] = as_no_view(results[0]);
