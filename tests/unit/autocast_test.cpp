@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "free_transformer/latent_code.hpp"
 #include "free_transformer/losses.hpp"
 #include "numeric.hpp"
 
@@ -87,6 +88,19 @@ TEST_CASE("Autocast changes nothing inside a loss", "[autocast][cpu]") {
     const Tensor probabilities = eighths({4, 5}).softmax(-1).to(arithmetic(type));
     check_unchanged([&] { return compute_reconstruction_loss(logits, probabilities); }, {logits});
     check_unchanged([&] { return compute_kl_divergence<PerBit>(strided_z, 3); }, {strided_z});
+  }
+}
+
+TEST_CASE("Autocast changes nothing inside the latent code's tools", "[autocast][latent_code][cpu]") {
+  for (const auto type : all_types) {
+    INFO(type);
+    // From 11 bits on codes come in several blocks.
+    const Tensor z_logits = leaf(eighths({5, 12}, type) / 4), codebook = leaf(eighths({4096, 3}, type, 2));
+    const Tensor bits = eighths({5, 12}) > 0, upstream = eighths({5, 3}, type, 3);
+    const auto rows = [&] { return (map_latent_codes(z_logits, pack_latent_bits(bits), codebook) * upstream).sum(); };
+    check_unchanged(rows, {z_logits, codebook});
+    check_unchanged([&] { return compute_latent_log_probability(z_logits, bits).sum(); }, {z_logits});
+    check_unchanged([&] { return straight_through_latent_bits(z_logits, bits).sum(); }, {z_logits});
   }
 }
 

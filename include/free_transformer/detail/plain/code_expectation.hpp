@@ -41,7 +41,10 @@ struct BitProbabilities {
     const at::Tensor bits = at::arange(count(), sums.options().dtype(at::kLong));
     const at::Tensor codes = at::arange(sums.size(1), bits.options()).unsqueeze(1);
     const at::Tensor is_one = codes.bitwise_right_shift(bits).bitwise_and(1).to(sums.scalar_type());
-    return zero * sums.mm(is_one) - one * sums.mm(1 - is_one);
+    at::Tensor of_one = at::empty_like(one), of_zero = at::empty_like(zero);
+    at::mm_out(of_one, sums, is_one);  // autocast, which would round mm to bfloat16, leaves it alone
+    at::mm_out(of_zero, sums, 1 - is_one);
+    return zero * of_one - one * of_zero;
   }
 
   at::Tensor one, zero;
