@@ -104,11 +104,10 @@ inline at::Tensor compute_latent_log_probability(const at::Tensor& z_logits, con
   constexpr const char* function = "compute_latent_log_probability";
   detail::check_z_logits(function, z_logits);
   const bool is_one_for_all = z_logits.dim() == 1 && bits.defined() && bits.dim() >= 1;
-  const at::Tensor logits =
-      is_one_for_all && bits.size(-1) == z_logits.size(0) ? z_logits.expand(bits.sizes()) : z_logits;
-  const at::Tensor is_one = detail::checked_bits_like(function, bits, logits);
-  const at::Tensor z = logits.to(detail::arithmetic_type(z_logits.scalar_type()));
-  return at::log_sigmoid(at::where(is_one, z, -z)).sum(-1);
+  // Before the one row becomes many, or its gradient would be summed in a half type.
+  const at::Tensor wide = z_logits.to(detail::arithmetic_type(z_logits.scalar_type()));
+  const at::Tensor z = is_one_for_all && bits.size(-1) == z_logits.size(0) ? wide.expand(bits.sizes()) : wide;
+  return detail::plain::log_probability_of_bits(z, detail::checked_bits_like(function, bits, z));
 }
 
 inline at::Tensor map_latent_codes(const at::Tensor& z_logits, const at::Tensor& codes, const at::Tensor& codebook) {

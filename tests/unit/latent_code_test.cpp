@@ -161,6 +161,20 @@ TEST_CASE("One row of prior_logits serves all positions", "[latent_code][gradien
   CHECK(difference(gradient(value.sum(), prior_logits), 16 - 32 * prior_logits.sigmoid(), 1e-14, 32) == "");
 }
 
+TEST_CASE("A prior of a half type for all positions gets its gradient rounded once", "[latent_code][gradient][half]") {
+  constexpr int64_t positions = 4099, of_one = 2305;  // more terms than either half type can count
+  const Tensor bits = (torch::arange(positions) < of_one).unsqueeze(1).expand({positions, 2});
+  for (const auto type : all_types) {
+    INFO(type);
+    const Tensor prior_logits = leaf(tensor(std::vector<double>{0.25, -1.5}, {2}, type));
+    std::vector<double> expected;  // of_one (1 - p) - (positions - of_one) p
+    for (const double logit : {0.25, -1.5}) expected.push_back(of_one - positions / (1 + std::exp(-logit)));
+    // Each term within 4 steps as above, and float32's pairwise sum of them, which cancel.
+    CHECK(difference(gradient(compute_latent_log_probability(prior_logits, bits).sum(), prior_logits), expected,
+                     12 * epsilon(arithmetic(type)), of_one) == "");
+  }
+}
+
 TEST_CASE("log q of an impossible bit is -inf, of a sure one 0, and NaN stays NaN", "[latent_code]") {
   const Tensor z_logits = leaf(tensor(std::vector<double>{infinity, -infinity, infinity, -infinity, NAN}, {5, 1}));
   const Tensor bits = tensor(std::vector<int64_t>{1, 0, 0, 1, 1}, {5, 1});

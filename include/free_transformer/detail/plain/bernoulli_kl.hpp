@@ -23,6 +23,13 @@ inline at::Tensor logistic(const at::Tensor& x) {
   return choose(x < 0, s, at::ones_like(s)) / (1 + s);
 }
 
+/// log P(bits) of each row, to be differentiated. Meta tensors, for which LibTorch 1.13 has no at::where and no
+/// log_sigmoid, have a sum's shape.
+inline at::Tensor log_probability_of_bits(const at::Tensor& logits, const at::Tensor& is_one) {
+  if (logits.is_meta()) return logits.sum(-1);
+  return at::log_sigmoid(at::where(is_one, logits, -logits)).sum(-1);
+}
+
 /// KL(Bernoulli(sigmoid(l)) || Bernoulli(1/2)) of each element, in nats. With u = |l|/2 it is u tanh u - log cosh u,
 /// written for small u as u t + log1p(-t^2)/2, t = tanh u, and for large u as log 2 - 2u s/(1+s) - log1p(s), s =
 /// exp(-2u): each loses at most a factor of 3 to cancellation on its side of u = 1, and neither overflows.
