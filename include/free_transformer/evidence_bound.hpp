@@ -117,8 +117,9 @@ inline at::Tensor kl_of_positions(const at::Tensor& z_logits, const at::Tensor& 
   const auto wide = widest_type(z_logits.device());
   at::Tensor result = at::empty(shape_of_positions(z_logits), z_logits.options().dtype(wide));
   const at::Tensor flat = result.view({-1});
+  const at::Tensor rows_of_prior = plain::rows_of_prior(prior_logits);
   for_each_row_block(z_logits, 0, [&](const at::Tensor& block, int64_t first) {
-    const at::Tensor prior = plain::prior_of_block(prior_logits, first, block.size(0));
+    const at::Tensor prior = plain::prior_of_block(rows_of_prior, first, block.size(0));
     flat.narrow(0, first, block.size(0)).copy_(plain::bernoulli_kl(block.to(wide), prior).sum(-1));
   });
   return result;

@@ -123,6 +123,19 @@ TEST_CASE("The latent KL needs one gradient of memory beside the logits", "[memo
   }
 }
 
+TEST_CASE("A prior for each position needs a block of memory more than one for all", "[memory]") {
+  const Tensor z_logits = torch::zeros({2, 65538, 16});
+  const auto peak = [&](const Tensor& prior_logits) {
+    return peak_of([&] { compute_kl_divergence(z_logits, KLDivergenceOptions().prior_logits(prior_logits)); });
+  };
+  const int64_t block = blocks(1, torch::kDouble), of_one_for_all = peak(torch::zeros({16}));
+  CHECK(z_logits.numel() * 8 > 3 * block);  // or a wide copy of all would not be noticed
+  CHECK(peak(torch::zeros({2, 65538, 16})) <= of_one_for_all + block);
+  // Rows that cannot be viewed are copied, in their own type.
+  const Tensor batch_second = torch::zeros({65538, 2, 16}).transpose(0, 1);
+  CHECK(peak(batch_second) <= of_one_for_all + block + static_cast<int64_t>(batch_second.nbytes()));
+}
+
 TEST_CASE("The memory that is counted is what tensors take", "[memory]") {
   CHECK(peak_of([] { torch::empty({1000}, torch::kDouble) + torch::ones({1000}, torch::kDouble); }) >= 24000);
   CHECK(peak_of([] {

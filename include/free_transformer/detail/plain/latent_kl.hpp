@@ -47,12 +47,18 @@ struct LatentPositions {
   at::Tensor token_weight, left_out;
 };
 
-/// Rows of the prior that belong to a block of z_logits; undefined is the uniform prior.
-inline at::Tensor prior_of_block(const at::Tensor& prior_logits, int64_t first, int64_t rows) {
-  if (!prior_logits.defined()) return {};
-  const at::Tensor wide = prior_logits.detach().to(widest_type(prior_logits.device()));
-  if (prior_logits.dim() == 1) return wide.expand({rows, prior_logits.size(0)});
-  return wide.reshape({-1, prior_logits.size(-1)}).narrow(0, first, rows);
+/// The prior's rows, of which there is one for all positions or one for each; undefined is the uniform prior. Once for all
+/// blocks: what cannot be viewed as rows is copied.
+inline at::Tensor rows_of_prior(const at::Tensor& prior_logits) {
+  return prior_logits.defined() ? prior_logits.detach().reshape({-1, prior_logits.size(-1)}) : prior_logits;
+}
+
+/// Those that belong to a block of z_logits, in the widest type.
+inline at::Tensor prior_of_block(const at::Tensor& rows_of_all, int64_t first, int64_t rows) {
+  if (!rows_of_all.defined()) return {};
+  const bool is_one_for_all = rows_of_all.size(0) == 1;
+  const at::Tensor of_block = is_one_for_all ? rows_of_all : rows_of_all.narrow(0, first, rows);
+  return of_block.to(widest_type(rows_of_all.device())).expand({rows, rows_of_all.size(1)});
 }
 
 /// Mean over the batch of a position's KL, from its sums; undefined if they are the penalty's alone.
@@ -70,6 +76,7 @@ class LatentWalks {
               const WantedOfLatents& wanted)
       : z_logits_(z_logits.detach()),
         settings_(settings),
+        prior_(rows_of_prior(settings.prior_logits)),
         positions_(settings),
         upstream_(upstream),
         wanted_(wanted),
@@ -105,7 +112,7 @@ class LatentWalks {
   void for_each_block(const Visit& visit) {
     for_each_row_block(z_logits_, 0, [&](const at::Tensor& rows, int64_t first) {
       const auto positions = positions_.narrowed(first, rows.size(0));
-      const at::Tensor z = rows.to(wide_), prior = prior_of_block(settings_.prior_logits, first, rows.size(0));
+      const at::Tensor z = rows.to(wide_), prior = prior_of_block(prior_, first, rows.size(0));
       const at::Tensor kl = only_kl_.defined() ? only_kl_ : positions.counted(bernoulli_kl(z, prior));
       if (rows.numel() == z_logits_.numel()) only_kl_ = kl;
       visit(Block{kl, z, prior, positions, first});
@@ -167,6 +174,7 @@ class LatentWalks {
 
   const at::Tensor z_logits_;
   const LatentSettings& settings_;
+  const at::Tensor prior_;
   const LatentPositions positions_;
   const at::Tensor& upstream_;
   const WantedOfLatents wanted_;
