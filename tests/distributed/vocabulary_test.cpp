@@ -242,6 +242,13 @@ TEST_CASE("Losses over a split vocabulary may be changed in place", "[vocabulary
   CHECK(same_bits(gradient(loss.sum(), own), expected * 2));
 }
 
+TEST_CASE("A shard that inplace has overwritten with a gradient is refused", "[vocabulary][errors]") {
+  const Tensor logits = eighths({6, 12}, torch::kFloat), shard = leaf(Columns(12).of(logits)) * 1;
+  compute_reconstruction_loss(shard, torch::zeros({6}, torch::kLong), ReconstructionLossOptions().inplace(true));
+  const auto error = error_of([&] { compute_reconstruction_loss(shard_of(logits, shard.detach()), torch::arange(6)); });
+  CHECK(error.find("logits must not be used again after inplace") != std::string::npos);
+}
+
 TEST_CASE("A NaN or an infinity over a split vocabulary shows in its row's loss alone", "[vocabulary]") {
   for (const double bad : {not_a_number, infinity}) {
     Tensor logits = eighths({3, 12});

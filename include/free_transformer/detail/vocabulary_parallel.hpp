@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "free_transformer/detail/arithmetic.hpp"
+#include "free_transformer/detail/autograd/overwritten_logits.hpp"
 #include "free_transformer/detail/checks/linear_logits.hpp"
 #include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/vocabulary_parallel.hpp"
@@ -98,6 +99,7 @@ ShardProblem checked_problem(const Call& call, const VocabularyShard& shard, boo
 template <typename Call>
 ShardProblem shard_problem(const Call& call, const VocabularyShard& shard, const at::Tensor& logits) {
   check_shard_logits(call.function, logits, shard, call.own.ranks().rank());
+  check_not_overwritten_before(call.function, logits);
   ShardProblem of = checked_problem(call, shard, /*wants_hidden=*/false);
   const at::Tensor values = logits.detach();
   of.rows = shard_rows([&](const auto& visit) { for_each_shard_block(values, shard, visit); }, shard, of.settings,
