@@ -59,7 +59,7 @@ inline at::Tensor compute_latent_log_probability(const at::Tensor& z_logits, con
 /// by one matrix product [N, D] x [D, 2^H], a block of tokens and codes at a time.
 /// z_logits  [..., H], float64 if the codebook is, else any floating type; H up to 62
 /// codes     [...], any integer type, in [0, 2^H): `pack_latent_bits(sample_latent_bits(z_logits))`
-/// codebook  [2^H, D], the layer's weight transposed; half types are multiplied and added up in float32
+/// codebook  [2^H, D], the layer's weight transposed; half types are multiplied in float32; rows are added up in float64
 /// Returns   [..., D] in the codebook's type. Saved: z_logits, codes, codebook. A frozen input costs nothing
 /// Throws    c10::Error if shapes, types or devices do not fit, or a code is out of range; in backward under create_graph
 inline at::Tensor map_latent_codes(const at::Tensor& z_logits, const at::Tensor& codes, const at::Tensor& codebook);

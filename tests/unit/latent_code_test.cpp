@@ -336,6 +336,28 @@ TEST_CASE("Rows of the mapper may be changed in place, with a graph and without"
   }
 }
 
+TEST_CASE("The codebook's gradient is the sum of its rows, rounded once", "[latent_code][mapper][gradient]") {
+  // Codes 1, 4 and 6 in turn, in several blocks of tokens, each with far more rows than a sum of their type could take.
+  constexpr int64_t of_each = 1 << 16, tokens = 3 * of_each, width = 8;
+  const Tensor codes = torch::tensor({4, 1, 6}).repeat({of_each}), z_logits = torch::zeros({tokens, 3});
+  for (const auto type : {torch::kFloat, torch::kHalf, torch::kBFloat16}) {
+    INFO(type);
+    const Tensor codebook = leaf(torch::zeros({8, width}, type));
+    const Tensor upstream = torch::full({1, width}, 0.1, torch::kDouble).to(type);
+    const Tensor found =
+        gradient(map_latent_codes(z_logits, codes, codebook), codebook, upstream.expand({tokens, width}));
+    const Tensor expected = torch::zeros({8, width}, torch::kDouble);
+    expected.index_fill_(0, torch::tensor({1, 4, 6}), of_each * upstream[0][0].item<double>());
+    CHECK(same_bits(found, expected.to(type)));
+  }
+  // Terms of 2^24 and 1, of which float32 keeps the former alone.
+  const Tensor codebook = leaf(torch::zeros({2, 1})), upstream = torch::ones({1001, 1});
+  upstream[0] = 16777216;
+  upstream[1000] = -16777216;
+  const Tensor rows = map_latent_codes(torch::zeros({1001, 1}), torch::ones({1001}, torch::kLong), codebook);
+  CHECK(values(gradient(rows, codebook, upstream)) == std::vector<double>{0, 999});
+}
+
 TEST_CASE("Twice through a retained graph of the mapper gives the same, create_graph is refused",
           "[latent_code][mapper][errors]") {
   const Tensor z_logits = leaf(random({2, 3}, 1)), codebook = leaf(random({8, 4}, 2));

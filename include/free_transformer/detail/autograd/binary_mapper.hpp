@@ -7,6 +7,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "free_transformer/detail/arithmetic.hpp"
@@ -14,23 +15,37 @@
 #include "free_transformer/detail/compilation.hpp"
 #include "free_transformer/detail/kernels/vector/large_pages.hpp"
 #include "free_transformer/detail/plain/code_expectation.hpp"
+#include "free_transformer/detail/plain/row_blocks.hpp"
 
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
-/// Rows [N, D] added up by code: [code_count, D], in their type. Rows of a half type are summed in float32 first, in as many
-/// sums as there are rows: a codebook in float32 could be far larger.
+/// Rows [N, D] added up by code in the widest type: [code_count, D], in their type. In the order of their codes they are
+/// walked through in blocks, the sum of a block's last code goes on in the next: each row of the result is rounded once,
+/// and no wide tensor is larger than a block.
 inline at::Tensor rows_summed_by_code(const at::Tensor& rows, const at::Tensor& codes, int64_t code_count) {
   const at::Tensor result = kernels::empty_on_large_pages({code_count, rows.size(1)}, rows.options()).zero_();
-  const auto type = arithmetic_type(rows.scalar_type());
-  if (type == rows.scalar_type() || codes.numel() == 0) return result.index_add_(0, codes, rows);
+  const int64_t count = codes.numel(),
+                rows_of_block = std::max<int64_t>(1, block_elements(rows.device()) / rows.size(1));
+  if (count == 0) return result;
   const auto [sorted, order] = codes.sort();
-  const at::Tensor is_first = at::cat({at::zeros({1}, codes.options()), (sorted.diff() != 0).to(at::kLong)});
-  const at::Tensor group = is_first.cumsum(0);
-  const at::Tensor sums = at::zeros(rows.sizes(), rows.options().dtype(type));
-  sums.index_add_(0, group, rows.index_select(0, order).to(type));
-  // Groups that do not exist have sum 0, and are added to code 0.
-  const at::Tensor code_of_group = at::zeros_like(codes).index_put_({group}, sorted);
-  return result.index_add_(0, code_of_group, sums.to(rows.scalar_type()));
+  const auto wide = widest_type(rows.device());
+  at::Tensor open_code = sorted.narrow(0, 0, 1), open_sum = at::zeros({1, rows.size(1)}, rows.options().dtype(wide));
+  for (int64_t first = 0; first < count; first += rows_of_block) {
+    const int64_t size = std::min(rows_of_block, count - first);
+    const at::Tensor block = rows.index_select(0, order.narrow(0, first, size)).to(wide);
+    const at::Tensor code = at::cat({open_code, sorted.narrow(0, first, size)});
+    const at::Tensor group = at::cat({at::zeros({1}, code.options()), code.diff() != 0}).cumsum(0);
+    const at::Tensor sums = at::zeros({size + 1, rows.size(1)}, block.options());
+    sums.index_add_(0, group, at::cat({open_sum, block}));
+    const at::Tensor last = group.narrow(0, size, 1);
+    open_code = code.narrow(0, size, 1);
+    open_sum = sums.index_select(0, last);
+    sums.index_fill_(0, last, 0);
+    // Groups that do not exist have sum 0, and are added to code 0.
+    const at::Tensor code_of_group = at::zeros_like(code).index_put_({group}, code);
+    result.index_add_(0, code_of_group, sums.to(rows.scalar_type()));
+  }
+  return result.index_add_(0, open_code, open_sum.to(rows.scalar_type()));
 }
 
 struct BinaryMapper final : GraphOperation {
