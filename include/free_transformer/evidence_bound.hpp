@@ -131,8 +131,7 @@ inline at::Tensor log_probability_of_positions(const at::Tensor& logits, const a
   if (!logits.defined()) {
     return at::full({}, -static_cast<double>(is_one.size(-1)) * std::log(2.0), is_one.options().dtype(wide));
   }
-  const at::Tensor wide_logits = logits.to(wide);
-  return at::log_sigmoid(at::where(is_one, wide_logits, -wide_logits)).sum(-1);
+  return plain::log_probability_of_bits(logits.to(wide), is_one);
 }
 
 }  // namespace FREE_TRANSFORMER_DETAIL
@@ -169,8 +168,11 @@ inline EvidenceBound compute_importance_weighted_bound(const at::Tensor& log_lik
     log_weights.push_back(detail::masked_sum(log_likelihood[sample], options.token_mask()) +
                           detail::masked_sum(ratio, options.latent_mask()));
   }
-  const at::Tensor mean = at::stack(log_weights).logsumexp(0) - std::log(static_cast<double>(samples));
-  return {mean.neg(), detail::counted_tokens(log_likelihood[0], options.token_mask())};
+  const at::Tensor weights = at::stack(log_weights);
+  // LibTorch 1.13 has no logsumexp of meta tensors.
+  const at::Tensor sum = weights.is_meta() ? weights.sum(0) : weights.logsumexp(0);
+  return {std::log(static_cast<double>(samples)) - sum,
+          detail::counted_tokens(log_likelihood[0], options.token_mask())};
 }
 
 }  // namespace FREE_TRANSFORMER_FUNCTIONS

@@ -77,12 +77,12 @@ inline at::Tensor sample_latent_bits(const at::Tensor& z_logits, const at::Gener
   detail::check_z_logits(function, z_logits);
   const at::NoGradGuard no_grad;
   const at::Tensor z = detail::readable(z_logits).to(detail::widest_type(z_logits.device()));
-  detail::check_values(function, "z_logits", "not be NaN", z, z.isnan().logical_not());
+  detail::check_values(function, "z_logits", "not be NaN", z, z == z);
   // The likelier bit, unless 1 - uniform in (0, 1] falls below the other one's probability: that keeps its digits, and none
   // of its draws is below 0.
   const at::Tensor uniform = at::empty(z.sizes(), z.options());
   generator.defined() ? uniform.uniform_(0, 1, generator) : uniform.uniform_();
-  return (1 - uniform < detail::plain::logistic(-z.abs())) != (z > 0);
+  return (1 - uniform < detail::plain::logistic(-detail::plain::magnitude(z))) != (z > 0);
 }
 
 inline at::Tensor pack_latent_bits(const at::Tensor& bits) {

@@ -176,6 +176,19 @@ TEST_CASE("The importance-weighted bound does not overflow or underflow", "[evid
   CHECK(std::isnan(bound({-100, NAN, -100})));
 }
 
+TEST_CASE("The bounds have their shapes on the meta device", "[evidence]") {
+  const Tensor z_logits = torch::zeros({2, 3, 4}, torch::kMeta), log_likelihood = torch::zeros({5, 2, 3}, torch::kMeta);
+  const Tensor bits = torch::zeros({5, 2, 3, 4}, z_logits.options().dtype(torch::kBool));
+  for (const Tensor& prior : {Tensor(), z_logits[0][0], z_logits}) {
+    const auto options = EvidenceBoundOptions().prior_logits(prior);
+    CHECK(compute_evidence_lower_bound(log_likelihood[0], z_logits, options).nats.sizes() == torch::IntArrayRef{2});
+    const auto weighted = compute_importance_weighted_bound(log_likelihood, z_logits, bits, options);
+    CHECK(weighted.nats.sizes() == torch::IntArrayRef{2});
+    CHECK(weighted.nats.scalar_type() == torch::kDouble);
+    CHECK(weighted.tokens.sizes() == torch::IntArrayRef{2});
+  }
+}
+
 TEST_CASE("The evidence lower bound is what the metrics say per token", "[evidence]") {
   const Tensor logits = eighths({2, 6, 9}), z_logits = eighths({2, 6, 4}) / 4, prior = eighths({4}) / 8;
   const Tensor targets = (torch::arange(12) * 5).remainder(9).reshape({2, 6});

@@ -501,4 +501,12 @@ TEST_CASE("The latent code's tools work on the meta device, where there are no v
   CHECK(pack_latent_bits(bits).sizes() == torch::IntArrayRef{2});
   CHECK(unpack_latent_codes(pack_latent_bits(bits), 3).sizes() == bits.sizes());
   CHECK(straight_through_latent_bits(z_logits, bits).is_meta());
+  CHECK(sample_latent_bits(z_logits).sizes() == bits.sizes());
+  CHECK(sample_latent_bits(z_logits).scalar_type() == torch::kBool);
+  CHECK(compute_latent_log_probability(z_logits, bits).sizes() == torch::IntArrayRef{2});
+  CHECK(compute_latent_log_probability(z_logits.select(0, 0), bits).sizes() == torch::IntArrayRef{2});
+  CHECK(compute_latent_log_probability(leaf(z_logits), bits).requires_grad());
+  const Tensor rows = map_latent_codes(leaf(z_logits), pack_latent_bits(bits), torch::zeros({8, 4}, torch::kMeta));
+  CHECK(rows.sizes() == torch::IntArrayRef{2, 4});
+  CHECK(rows.requires_grad());
 }

@@ -54,6 +54,7 @@ struct BinaryMapper final : GraphOperation {
     const at::Tensor &codes = inputs[1], &codebook = inputs[2];
     auto shape = codes.sizes().vec();
     shape.push_back(codebook.size(1));
+    if (codebook.is_meta()) return {at::empty(shape, codebook.options())};  // LibTorch 1.13 has no index_select there
     return {codebook.index_select(0, codes.reshape({-1})).view(shape)};
   }
 
