@@ -65,7 +65,9 @@ struct EvidenceBound {
 
  private:
   double per(double count) const {
-    return detail::is_zero(count) || !nats.defined() ? 0 : nats.sum().item<double>() / count;
+    return detail::is_zero(count) || !nats.defined()
+               ? 0
+               : detail::ordered_sum(nats.flatten(), nats.scalar_type()).item<double>() / count;
   }
 };
 
@@ -103,7 +105,7 @@ namespace FREE_TRANSFORMER_DETAIL {
 /// Sum over the last dimension in float64 of what counts.
 inline at::Tensor masked_sum(const at::Tensor& values, const at::Tensor& mask) {
   const at::Tensor counted = mask.defined() ? values.masked_fill(mask == 0, 0) : values;
-  return counted.sum(-1, /*keepdim=*/false, widest_type(values.device()));
+  return ordered_sum(counted, widest_type(values.device()));
 }
 
 inline at::Tensor counted_tokens(const at::Tensor& tokens_of_sample, const at::Tensor& mask) {

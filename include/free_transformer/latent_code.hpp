@@ -124,9 +124,10 @@ inline at::Tensor straight_through_latent_bits(const at::Tensor& z_logits, const
   detail::check_z_logits(function, z_logits);
   const at::Tensor is_one = detail::checked_bits_like(function, bits, z_logits);
   const at::Tensor z = z_logits.to(detail::arithmetic_type(z_logits.scalar_type()));
-  // The less likely bit's probability, which differs from sigmoid(z) by its sign and a constant, has all its digits.
-  const at::Tensor sign = at::ones_like(z).masked_fill_(z > 0, -1);
-  const at::Tensor slope = sign * at::sigmoid(sign * z);
+  // The likelier bit's probability, which differs from sigmoid(z) by its sign and a constant: with s = exp(-|z|) its
+  // derivative s/(1+s)^2 has all its digits, in at::exp the same ones for any number of threads.
+  const at::Tensor sign = at::ones_like(z).masked_fill_(z < 0, -1);
+  const at::Tensor slope = sign * (1 + detail::plain::minus_abs(z).exp()).reciprocal();
   return (is_one.to(z.scalar_type()) + (slope - slope.detach())).to(z_logits.scalar_type());
 }
 

@@ -189,6 +189,27 @@ TEST_CASE("The bounds have their shapes on the meta device", "[evidence]") {
   }
 }
 
+TEST_CASE("Any number of threads gives the same bounds, of many sequences and of a long one",
+          "[evidence][threads][cpu]") {
+  for (const int64_t sequences : {int64_t{1}, int64_t{300007}}) {
+    torch::manual_seed(5);
+    const int64_t tokens = 300007 / sequences;
+    const Tensor log_likelihood = -torch::rand({2, sequences, tokens}), z_logits = torch::randn({sequences, tokens, 3});
+    const Tensor bits = sample_latent_bits(z_logits.expand({2, sequences, tokens, 3}));
+    const auto bounds = [&] {
+      const auto elbo = compute_evidence_lower_bound(log_likelihood[0], z_logits);
+      const auto weighted = compute_importance_weighted_bound(log_likelihood, z_logits, bits);
+      return torch::cat({elbo.nats, weighted.nats,
+                         tensor(std::vector<double>{elbo.nats_per_token(), weighted.nats_per_token()}, {2})});
+    };
+    const Tensor of_one = with_threads(1, bounds);
+    for (const int threads : {2, 3, 4}) {
+      INFO(sequences << " sequences, " << threads << " threads");
+      CHECK(same_bits(with_threads(threads, bounds), of_one));
+    }
+  }
+}
+
 TEST_CASE("The evidence lower bound is what the metrics say per token", "[evidence]") {
   const Tensor logits = eighths({2, 6, 9}), z_logits = eighths({2, 6, 4}) / 4, prior = eighths({4}) / 8;
   const Tensor targets = (torch::arange(12) * 5).remainder(9).reshape({2, 6});

@@ -422,6 +422,29 @@ TEST_CASE("Straight-through bits have the value of the bits and the gradient of 
   CHECK(difference(gradient((first * weight).sum(), x), gradient((expected * weight).sum(), p), 1e-14, 10) == "");
 }
 
+TEST_CASE("Any number of threads gives the same bits of the latent code's tools", "[latent_code][threads][cpu]") {
+  const Tensor z = 3 * random({100003, 3}, 1, torch::kFloat), upstream = random({100003, 3}, 2, torch::kFloat);
+  const Tensor bits = sample_latent_bits(z), codes = pack_latent_bits(bits);
+  const Tensor codebook = leaf(random({8, 5}, 3, torch::kFloat));
+  const auto results = [&] {
+    const Tensor z_logits = leaf(z);
+    const Tensor log_q = compute_latent_log_probability(z_logits, bits);
+    const Tensor rows = map_latent_codes(z_logits, codes, codebook);
+    return std::vector<Tensor>{gradient(straight_through_latent_bits(z_logits, bits), z_logits, upstream), log_q,
+                               gradient(log_q, z_logits, upstream.select(1, 0)),
+                               gradient(rows.square().sum(), codebook),
+                               sample_latent_bits(z, at::detail::createCPUGenerator(4))};
+  };
+  const auto of_one = with_threads(1, results);
+  for (const int threads : {2, 3, 4}) {
+    const auto of_several = with_threads(threads, results);
+    for (size_t index = 0; index < of_one.size(); ++index) {
+      INFO(threads << " threads, result " << index);
+      CHECK(same_bits(of_several[index], of_one[index]));
+    }
+  }
+}
+
 TEST_CASE("NaN is never hidden by the latent code's tools", "[latent_code][errors]") {
   const Tensor z_logits = tensor(std::vector<double>{1, 2, NAN, 4}, {2, 2});
   CHECK(error_of([&] { sample_latent_bits(z_logits); }) ==
