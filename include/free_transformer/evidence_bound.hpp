@@ -13,6 +13,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "free_transformer/detail/arithmetic.hpp"
@@ -154,6 +155,7 @@ inline EvidenceBound compute_evidence_lower_bound(const at::Tensor& log_likeliho
 inline EvidenceBound compute_importance_weighted_bound(const at::Tensor& log_likelihood, const at::Tensor& z_logits,
                                                        const at::Tensor& bits, const EvidenceBoundOptions& options) {
   constexpr const char* function = "compute_importance_weighted_bound";
+  constexpr double infinity = std::numeric_limits<double>::infinity();
   detail::check_floating(function, "log_likelihood", log_likelihood);
   TORCH_CHECK(log_likelihood.dim() >= 1 && log_likelihood.size(0) >= 1, function,
               ": log_likelihood must have the shape [K, ..., tokens] with K >= 1 samples, got ",
@@ -165,10 +167,13 @@ inline EvidenceBound compute_importance_weighted_bound(const at::Tensor& log_lik
   std::vector<at::Tensor> log_weights;
   for (int64_t sample = 0; sample < samples; ++sample) {
     const at::Tensor of_sample = is_one[sample];
-    const at::Tensor ratio = detail::log_probability_of_positions(options.prior_logits(), of_sample) -
-                             detail::log_probability_of_positions(z_logits, of_sample);
-    log_weights.push_back(detail::masked_sum(log_likelihood[sample], options.token_mask()) +
-                          detail::masked_sum(ratio, options.latent_mask()));
+    const at::Tensor log_q = detail::log_probability_of_positions(z_logits, of_sample);
+    const at::Tensor log_p = detail::log_probability_of_positions(options.prior_logits(), of_sample).expand_as(log_q);
+    const at::Tensor joint = detail::masked_sum(log_likelihood[sample], options.token_mask()) +
+                             detail::masked_sum(log_p, options.latent_mask());
+    const at::Tensor of_q = detail::masked_sum(log_q, options.latent_mask());
+    // Infinitely more likely than under z_logits is what they rule out, also where the prior or the decoder does so, too.
+    log_weights.push_back((joint - of_q).masked_fill((of_q == -infinity) & (joint == joint), infinity));
   }
   const at::Tensor weights = at::stack(log_weights);
   // LibTorch 1.13 has no logsumexp of meta tensors.

@@ -176,6 +176,31 @@ TEST_CASE("The importance-weighted bound does not overflow or underflow", "[evid
   CHECK(std::isnan(bound({-100, NAN, -100})));
 }
 
+TEST_CASE("A sample that z_logits rule out has a bound of -inf, whatever else rules it out", "[evidence]") {
+  const auto bound = [](double z_logit, double prior_logit, double log_likelihood) {
+    const Tensor z_logits = tensor(std::vector<double>{0.5, z_logit}, {1, 2, 1});  // two positions of one bit
+    const Tensor prior_logits = tensor(std::vector<double>{0.25, prior_logit}, {1, 2, 1});
+    return compute_importance_weighted_bound(tensor(std::vector<double>{-1, log_likelihood, -1, -2}, {2, 1, 2}),
+                                             z_logits, tensor(std::vector<int64_t>{1, 1, 0, 0}, {2, 1, 2, 1}),
+                                             EvidenceBoundOptions().prior_logits(prior_logits))
+        .nats.item<double>();
+  };
+  constexpr double infinity = reference::inf;
+  for (const double prior : {0.0, infinity, -infinity}) {
+    INFO("prior " << prior);
+    CHECK(bound(-infinity, prior, -2) == -infinity);
+    CHECK(bound(-infinity, prior, -infinity) == -infinity);
+    CHECK(std::isnan(bound(-infinity, prior, NAN)));
+    CHECK(std::isnan(bound(NAN, prior, -2)));
+  }
+  CHECK(std::isnan(bound(-infinity, NAN, -2)));
+  // What the prior or the decoder alone rules out adds nothing to the mean: half of the other sample's weight is left.
+  const double log_q = -std::log1p(std::exp(0.5)) - std::log(2.0), log_p = -std::log1p(std::exp(0.25));
+  CHECK_THAT(bound(0, -infinity, -2), Catch::Matchers::WithinRel(-(-3 + log_p - log_q - std::log(2.0)), 1e-14));
+  CHECK_THAT(bound(0, 0, -infinity),
+             Catch::Matchers::WithinRel(-(-3 + log_p - std::log(2.0) - log_q - std::log(2.0)), 1e-14));
+}
+
 TEST_CASE("The bounds have their shapes on the meta device", "[evidence]") {
   const Tensor z_logits = torch::zeros({2, 3, 4}, torch::kMeta), log_likelihood = torch::zeros({5, 2, 3}, torch::kMeta);
   const Tensor bits = torch::zeros({5, 2, 3, 4}, z_logits.options().dtype(torch::kBool));
