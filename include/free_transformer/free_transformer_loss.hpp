@@ -27,10 +27,10 @@ namespace free_transformer {
 inline namespace FREE_TRANSFORMER_TYPES {
 
 /// `compute_vae_loss` as a `torch::nn::Module`, whose state are the tensors that its options hold:
-/// - A leaf that requires grad, the learned `prior_logits`, is a parameter: the caller's tensor itself, the same over all
-///   calls and conversions. Set it anew if it requires grad only later.
-/// - Any other leaf is a buffer: a tensor of the module's own in the caller's memory (a copy of an inference tensor), so
-///   that what the caller writes counts, and what replaces, converts or loads the buffer leaves the caller's tensor alone.
+/// - A leaf that requires grad, the learned `prior_logits`, is a parameter: the caller's tensor itself, the same over
+///   all calls and conversions. Set it anew if it requires grad only later.
+/// - Any other leaf is a buffer: a tensor of the module's own in the caller's memory (a copy of an inference tensor).
+///   What the caller writes counts; what replaces, converts or loads the buffer leaves the caller's tensor alone.
 ///   `to()` with a type leaves a normalizer's own, which may count beyond a half type.
 /// - What is no leaf belongs to the graph that made it, and is used as it is.
 /// `options` may be changed between calls. What is set, replaced or taken away there is so in the module with the next
@@ -169,12 +169,11 @@ inline at::Tensor FreeTransformerLossImpl::copy_of(const at::Tensor& tensor) {
   return tensor.detach().clone().set_requires_grad(tensor.requires_grad());
 }
 
-/// For a buffer whose memory is another than the caller's, or is about to be: its changes are counted apart from the
-/// caller's, and it may change its size, which `detach()` forbids.
+/// For a buffer whose memory is another than the caller's, or is about to be (`load` counts as a change): from here on
+/// autograd counts the changes of the two apart.
 inline void FreeTransformerLossImpl::part_from_caller(const at::Tensor& buffer) {
   if (buffer.is_inference()) return;  // converted where nothing is counted; the next call replaces it
   buffer.unsafeGetTensorImpl()->set_version_counter(c10::VariableVersion(0));
-  buffer.unsafeGetTensorImpl()->set_allow_tensor_metadata_change(true);
 }
 
 /// Throws if a derived class has registered a tensor of that name.

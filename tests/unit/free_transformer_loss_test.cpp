@@ -593,6 +593,26 @@ TEST_CASE("Tensors made under InferenceMode can be replaced, converted, loaded a
   }
 }
 
+TEST_CASE("A module that is converted under InferenceMode can be trained and converted afterwards", "[module][cpu]") {
+  for (const TensorOption& option : tensor_options()) {
+    CAPTURE(option.name);
+    FreeTransformerLoss criterion(options_with(option, option.first));
+    {
+      const c10::InferenceMode inference;
+      criterion->to(torch::kDouble);
+      call(*criterion);
+      criterion->to(torch::kDouble);
+    }
+    const Tensor z_logits = leaf(module_z_logits);
+    criterion(leaf(module_logits), module_targets, z_logits).loss.backward();
+    CHECK(z_logits.grad().isfinite().all().item<bool>());
+    criterion->to(torch::kHalf);
+    CHECK(same_bits(option.get(criterion->options).to(option.first.scalar_type()), option.first));
+    option.set(criterion->options, option.second);
+    CHECK(same_bits(call(*criterion), loss_with(options_with(option, option.second))));
+  }
+}
+
 TEST_CASE("A clone has tensors of its own, also of those set since the last call", "[module][cpu]") {
   for (const TensorOption& option : tensor_options()) {
     for (const bool had_one : {false, true}) {

@@ -18,7 +18,7 @@ struct BufferAccess;
 }  // namespace FREE_TRANSFORMER_DETAIL
 }  // namespace free_transformer
 
-/// `torch::nn::Module` keeps its parameters protected but its buffers private, and offers no way to unregister one. Each
+/// `torch::nn::Module` has its parameters protected but its buffers private, and no function that unregisters one. Each
 /// `Cloneable` is its friend.
 template <>
 class torch::nn::Cloneable<free_transformer::detail::BufferAccess> {
