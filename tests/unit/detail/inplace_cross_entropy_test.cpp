@@ -266,6 +266,21 @@ TEST_CASE("Logits that hold their gradient are refused wherever they are given a
   CHECK(error_of([&] { compute_token_statistics(both.detach().slice(1, 50), head.targets); }).empty());
 }
 
+TEST_CASE("Memory that is filled with logits again and again is remembered once", "[inplace][cpu]") {
+  const DenseHead head;
+  const Tensor buffer = torch::empty({8, 50});
+  const auto step = [&](int64_t first) {
+    const Tensor part = buffer.detach().slice(0, first, first + 6);
+    const Tensor logits = part.copy_(head.logits());
+    compute_reconstruction_loss(logits, head.targets, inplace).backward();
+  };
+  auto& all = free_transformer::detail::OverwrittenLogits::instance();
+  const auto before = all.size();
+  for (int64_t index = 0; index < 100; ++index) step(index % 3);
+  CHECK(all.size() == before + 1);
+  CHECK(contains(error_of([&] { compute_token_statistics(buffer.detach().slice(0, 0, 6), head.targets); }), "again"));
+}
+
 TEST_CASE("A wrong use of logits that were written over is an error", "[inplace][errors][memcheck]") {
   const DenseHead head;
   const Tensor logits = head.logits();

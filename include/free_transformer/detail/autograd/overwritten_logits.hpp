@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <vector>
@@ -20,7 +21,7 @@
 namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 /// One for the process, whichever copy of the library has overwritten the memory. An entry ends with its memory, or when
-/// somebody writes to it, which autograd counts.
+/// somebody writes to it, which autograd counts; a storage has one entry, as its older ones are of versions that are gone.
 class OverwrittenLogits {
  public:
   static OverwrittenLogits& instance() {
@@ -30,8 +31,9 @@ class OverwrittenLogits {
 
   void add(const at::Tensor& logits) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    forget_freed();
-    entries_.push_back({weak_storage(logits), MemoryOfRows(logits), static_cast<int64_t>(logits._version())});
+    const auto storage = weak_storage(logits);
+    forget(storage);
+    entries_.push_back({storage, MemoryOfRows(logits), static_cast<int64_t>(logits._version())});
     is_empty_ = false;
   }
 
@@ -39,12 +41,19 @@ class OverwrittenLogits {
   bool contains(const at::Tensor& tensor) {
     if (is_empty_ || !tensor.device().is_cpu() || tensor.is_inference()) return false;
     const std::lock_guard<std::mutex> lock(mutex_);
-    forget_freed();
+    forget(none());
     const MemoryOfRows rows(tensor);
     const auto version = static_cast<int64_t>(tensor._version());
     return std::any_of(entries_.begin(), entries_.end(), [&](const Entry& entry) {
       return entry.version == version && may_share_memory(entry.rows, rows);
     });
+  }
+
+  /// Entries whose memory lives.
+  size_t size() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    forget(none());
+    return entries_.size();
   }
 
  private:
@@ -60,10 +69,12 @@ class OverwrittenLogits {
     return WeakStorage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(tensor.storage().unsafeGetStorageImpl()));
   }
 
-  void forget_freed() {
-    entries_.erase(
-        std::remove_if(entries_.begin(), entries_.end(), [](const Entry& entry) { return entry.storage.expired(); }),
-        entries_.end());
+  static WeakStorage none() { return WeakStorage(c10::intrusive_ptr<c10::StorageImpl>()); }
+
+  /// What lies in this storage, and in those that are freed.
+  void forget(const WeakStorage& storage) {
+    const auto ends = [&](const Entry& entry) { return entry.storage.expired() || entry.storage == storage; };
+    entries_.erase(std::remove_if(entries_.begin(), entries_.end(), ends), entries_.end());
     is_empty_ = entries_.empty();
   }
 
