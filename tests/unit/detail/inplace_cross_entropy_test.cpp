@@ -266,6 +266,38 @@ TEST_CASE("Logits that hold their gradient are refused wherever they are given a
   CHECK(error_of([&] { compute_token_statistics(both.detach().slice(1, 50), head.targets); }).empty());
 }
 
+TEST_CASE("Logits that hold their gradient are refused after backward, too, whatever it was multiplied by",
+          "[inplace][errors][cpu]") {
+  const Tensor source = leaf(eighths({6, 58}, torch::kFloat)), targets = torch::arange(6) * 7;
+  for (const auto type : {torch::kFloat, torch::kHalf, torch::kBFloat16}) {
+    for (const double factor : {1.0, 0.5}) {
+      for (const bool whole_loss : {false, true}) {
+        for (const bool shifted : {false, true}) {
+          INFO(type << ", times " << factor << (whole_loss ? ", whole loss" : "") << (shifted ? ", shifted" : ""));
+          const Tensor all = source.to(type) * 1, logits = shifted ? all.slice(1, 4, 54) : all.view({-1, 58});
+          const Tensor alias = logits.detach();
+          const Tensor loss =
+              whole_loss
+                  ? compute_vae_loss(logits, targets, eighths({6, 16}), VAELossOptions().reconstruction(inplace)).loss
+                  : compute_reconstruction_loss(logits, targets, inplace);
+          (loss * factor).backward();
+          const torch::NoGradGuard no_grad;
+          for (const Tensor& again : {logits, alias, logits.detach(), alias.slice(0, 0, 2), alias.slice(1, 3, 50)}) {
+            const Tensor labels = targets.slice(0, 0, again.size(0));
+            const std::string refusal = "logits must not be used again after inplace";
+            CHECK(contains(error_of([&] { compute_token_statistics(again, labels); }), refusal));
+            CHECK(contains(error_of([&] { compute_reconstruction_loss(again, labels); }), refusal));
+            CHECK(contains(error_of([&] { compute_vae_loss(again, labels, eighths({labels.size(0), 16})); }), refusal));
+          }
+          if (shifted) CHECK(error_of([&] { compute_token_statistics(all.slice(1, 0, 4), targets % 4); }).empty());
+          alias.copy_(eighths({6, logits.size(1)}, type));
+          CHECK(error_of([&] { compute_token_statistics(alias, targets); }).empty());
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("Memory that is filled with logits again and again is remembered once", "[inplace][cpu]") {
   const DenseHead head;
   const Tensor buffer = torch::empty({8, 50});

@@ -83,6 +83,7 @@ struct InplaceCrossEntropy final : GraphOperation {
         block.copy_(block.to(upstream.scalar_type()).mul_(upstream));
       });
     }
+    if (gradient.device().is_cpu()) OverwrittenLogits::instance().add(gradient);
     return {gradient};
   }
 };
