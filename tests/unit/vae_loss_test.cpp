@@ -237,6 +237,11 @@ TEST_CASE("Logits given inplace are untouched whatever of the other term is refu
       [](VAELossOptions& options, Tensor&) { options.kl().prior_logits(torch::zeros({5})); },
       [](VAELossOptions& options, Tensor&) { options.kl().normalizer(0.0); },
       [](VAELossOptions& options, Tensor&) { options.kl().normalizer(torch::full({}, -1.0)); },
+      [](VAELossOptions& options, Tensor&) { options.kl().normalizer(torch::ones({1}).to_sparse()); },
+      [](VAELossOptions& options, Tensor&) {
+        options.kl().token_weight(torch::ones({3, 4}).to_sparse());
+      },
+      [](VAELossOptions& options, Tensor&) { options.kl().prior_logits(torch::zeros({6}).to_sparse()); },
   };
   for (size_t index = 0; index < bad.size(); ++index) {
     INFO("change " << index);

@@ -22,6 +22,7 @@ void check_normalizer(const char* function, const Normalizer& normalizer) {
   }
   if (const auto& tensor = normalizer.tensor()) {
     TORCH_CHECK(tensor->defined(), function, ": normalizer must be a number or a defined tensor, got an undefined one");
+    check_defined(function, "normalizer", *tensor);
     TORCH_CHECK(tensor->numel() == 1 && !tensor->is_complex(), function,
                 ": normalizer must be a number or a real tensor of one element, got shape ", tensor->sizes(),
                 " of type ", tensor->scalar_type());
