@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -55,6 +56,17 @@ struct VAELossOutput {
 
 }  // namespace FREE_TRANSFORMER_TYPES
 
+namespace FREE_TRANSFORMER_DETAIL {
+
+/// In float64 where float32 cannot hold beta: LibTorch's add throws something then that is not a c10::Error.
+inline at::Tensor balanced_sum(const at::Tensor& reconstruction, const at::Tensor& latent, double beta) {
+  if (beta <= std::numeric_limits<float>::max()) return at::add(reconstruction, latent, /*alpha=*/beta);
+  return at::add(reconstruction, latent.to(at::kDouble), beta)
+      .to(c10::promoteTypes(reconstruction.scalar_type(), latent.scalar_type()));
+}
+
+}  // namespace FREE_TRANSFORMER_DETAIL
+
 inline namespace FREE_TRANSFORMER_FUNCTIONS {
 
 /// The training loss, L = reconstruction + beta_kl latent, in nats. Fleuret 2025, Eq. 5.
@@ -92,7 +104,7 @@ VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, 
   const auto result =
       detail::latent_kl<FreeBits>(z_logits, detail::masked_like_targets(latent, targets, options), normalization,
                                   /*wants_metrics=*/true);
-  return {at::add(reconstruction.loss, result.loss, /*alpha=*/options.beta_kl()),
+  return {detail::balanced_sum(reconstruction.loss, result.loss, options.beta_kl()),
           LossMetrics(reconstruction.sums, result.sums, options.beta_kl(), options.free_bits(),
                       std::is_same_v<FreeBits, BatchMean>, options.accuracy(), options.reconstruction().z_loss() > 0,
                       options.kl_of_each_bit())};

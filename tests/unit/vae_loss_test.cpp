@@ -276,3 +276,31 @@ TEST_CASE("A mask compares targets of every integer type as the numbers that the
     }
   }
 }
+
+TEST_CASE("A beta that float32 cannot hold is applied all the same", "[vae][inplace]") {
+  const double betas[] = {3.4028234663852886e38, 3.4028235677973366e38, 1e39, 1e300};
+  const Tensor labels = indices({1, 0, 3});
+  for (const double beta : betas) {
+    for (const auto type : all_types) {
+      for (const auto z_type : {torch::kFloat, torch::kDouble}) {
+        for (const double z_value : {0.0, 1e-18, 1e-4, 3.0}) {
+          for (const bool unreduced : {false, true}) {
+            INFO(beta << ", " << type << ", " << z_type << ", z = " << z_value);
+            const Tensor z_logits = torch::full({3, 4}, z_value, z_type), logits = leaf(eighths({3, 5}, type)) * 1;
+            auto options = VAELossOptions().latent_dim(4).free_bits(0).beta_kl(beta);
+            if (unreduced) options.kl().reduction(torch::kNone), options.reconstruction().reduction(torch::kNone);
+            const Tensor expected =
+                compute_reconstruction_loss(logits, labels, options.reconstruction()).to(torch::kDouble) +
+                beta * compute_kl_divergence(z_logits, options.kl()).to(torch::kDouble);
+            options.reconstruction().inplace(true);
+            const Tensor loss = compute_vae_loss(logits, labels, z_logits, options).loss;
+            CHECK(loss.scalar_type() == torch::promote_types(arithmetic(type), z_type));
+            // float32's add has rounded the product and the sum, each by half a step
+            CHECK(difference(loss, expected.to(loss.scalar_type()), epsilon(loss.scalar_type())) == "");
+            loss.sum().backward();
+          }
+        }
+      }
+    }
+  }
+}
