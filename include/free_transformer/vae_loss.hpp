@@ -8,7 +8,6 @@
 #include <exception>
 #include <limits>
 #include <type_traits>
-#include <utility>
 
 #include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/vae_loss.hpp"
@@ -89,23 +88,23 @@ VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, 
 template <typename FreeBits, typename Logits>
 VAELossOutput compute_vae_loss(const Logits& logits, const at::Tensor& targets, const at::Tensor& z_logits,
                                const VAELossOptions& options) {
-  const auto [latent, normalization] = [&] {
+  const auto latent = [&] {  // first, as the other term may write over what this one reads
     try {
       detail::check_balance("compute_vae_loss", options);
-      return std::make_pair(
-          detail::checked_latent_term(logits, targets, z_logits, options),
-          detail::checked_normalization("compute_kl_divergence", options.kl().reduction(), options.kl().normalizer()));
+      const auto settings = detail::checked_latent_term(logits, targets, z_logits, options);
+      const auto normalization =
+          detail::checked_normalization("compute_kl_divergence", options.kl().reduction(), options.kl().normalizer());
+      return detail::latent_kl<FreeBits>(detail::beside_logits(z_logits, logits, options),
+                                         detail::masked_like_targets(settings, targets, options), normalization,
+                                         /*wants_metrics=*/true);
     } catch (...) {
       abandon_reconstruction(logits, std::current_exception());
       throw;
     }
   }();
   const ReconstructionResult reconstruction = reconstruct(logits, targets, options.reconstruction());
-  const auto result =
-      detail::latent_kl<FreeBits>(z_logits, detail::masked_like_targets(latent, targets, options), normalization,
-                                  /*wants_metrics=*/true);
-  return {detail::balanced_sum(reconstruction.loss, result.loss, options.beta_kl()),
-          LossMetrics(reconstruction.sums, result.sums, options.beta_kl(), options.free_bits(),
+  return {detail::balanced_sum(reconstruction.loss, latent.loss, options.beta_kl()),
+          LossMetrics(reconstruction.sums, latent.sums, options.beta_kl(), options.free_bits(),
                       std::is_same_v<FreeBits, BatchMean>, options.accuracy(), options.reconstruction().z_loss() > 0,
                       options.kl_of_each_bit())};
 }

@@ -154,3 +154,73 @@ TEST_CASE("A tensor for a normalizer is looked at on the CPU", "[errors][normali
         Catch::Matchers::Contains("normalizer must be finite and >= 0 where it is a tensor"));
   }
 }
+
+TEST_CASE("Every tensor must be dense, and the one that is not is named", "[errors][vae][inplace][cpu]") {
+  using Change = std::function<void(VAELossOptions&, Tensor & logits, Tensor & targets, Tensor & z_logits)>;
+  struct Case {
+    std::string error;
+    Change change;
+  };
+  const std::string first = "compute_reconstruction_loss: ", second = "compute_kl_divergence: ";
+  const auto sparse = [](torch::IntArrayRef shape) { return torch::ones(shape).to_sparse(); };
+  const std::vector<Case> cases{
+      {first + "logits", [](auto&, Tensor& logits, auto&, auto&) { logits = logits.to_sparse(); }},
+      {first + "targets", [](auto&, auto&, Tensor& targets, auto&) { targets = targets.to_sparse(); }},
+      {first + "token_weight",
+       [&](VAELossOptions& options, auto&, auto&, auto&) { options.reconstruction().token_weight(sparse({2})); }},
+      {first + "weight",
+       [&](VAELossOptions& options, auto&, auto&, auto&) { options.reconstruction().weight(sparse({5})); }},
+      {first + "normalizer",
+       [&](VAELossOptions& options, auto&, auto&, auto&) { options.reconstruction().normalizer(sparse({1})); }},
+      {"compute_vae_loss: z_logits", [](auto&, auto&, auto&, Tensor& z) { z = z.to_sparse(); }},
+      {second + "token_weight",
+       [&](VAELossOptions& options, auto&, auto&, auto&) { options.kl().token_weight(sparse({2})); }},
+      {second + "prior_logits",
+       [&](VAELossOptions& options, auto&, auto&, auto&) { options.kl().prior_logits(sparse({3})); }},
+      {second + "normalizer",
+       [&](VAELossOptions& options, auto&, auto&, auto&) { options.kl().normalizer(sparse({1})); }},
+  };
+  for (const auto& [error, change] : cases) {
+    for (const auto type : all_types) {
+      for (const bool inplace : {false, true}) {
+        for (const bool mask : {false, true}) {
+          INFO(error << ", " << type << (inplace ? ", in place" : "") << (mask ? ", masked" : ""));
+          Tensor dense = leaf(eighths({2, 5}, type)) * 1, targets = indices({0, 1}), z_logits = leaf(eighths({2, 3}));
+          auto options = VAELossOptions().latent_dim(3).mask_ignored_latents(mask);
+          options.reconstruction().inplace(inplace);
+          Tensor logits = dense;
+          change(options, logits, targets, z_logits);
+          const std::string text = " must be a dense (strided) tensor, got layout Sparse";
+          CHECK(error_of([&] { compute_vae_loss(logits, targets, z_logits, options); }) == error + text);
+          CHECK(same_bits(dense, eighths({2, 5}, type)));
+          if (error.find(first) == 0) {
+            CHECK(error_of([&] { compute_reconstruction_loss(logits, targets, options.reconstruction()); }) ==
+                  error + text);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("A mask of targets that do not fit leaves the refusal to the loss of the logits", "[errors][vae][cpu]") {
+  const auto options = VAELossOptions().latent_dim(3).mask_ignored_latents(true);
+  const auto error = [&](const Tensor& logits, const Tensor& targets, const Tensor& token_weight, const Tensor& z) {
+    auto reconstruction = ReconstructionLossOptions().token_weight(token_weight);
+    return after_name("compute_reconstruction_loss", error_of([&] {
+                        compute_vae_loss(logits, targets, z, VAELossOptions(options).reconstruction(reconstruction));
+                      }));
+  };
+  const Tensor logits = eighths({2, 5}), targets = indices({0, 1}), z = eighths({2, 3});
+  CHECK(error(logits, {}, {}, z) == "targets must be a defined tensor, got an undefined one");
+  CHECK(error(logits, torch::zeros({2}, torch::kBool), {}, z).find("targets must be class indices") == 0);
+  CHECK(error(logits, torch::zeros({2}, torch::kComplexFloat), {}, z).find("targets must be class indices") == 0);
+  CHECK(error(logits, targets.to(torch::kMeta), {}, z) == "targets must be on the device of the logits, cpu, got meta");
+  CHECK(error(logits, targets.repeat(2), {}, eighths({4, 3})).find("targets must have the shape") == 0);
+  CHECK(error(logits, torch::zeros({2, 4}), {}, z).find("targets that are class probabilities") == 0);
+  CHECK(error(logits, targets, torch::ones({3}), z).find("token_weight must have one value for each") == 0);
+  CHECK(error(logits, targets, torch::ones({2}, torch::kLong), z) == "token_weight must be bool or floating, got Long");
+  CHECK(error(logits, targets, torch::ones({2}, on_meta), z).find("token_weight must be on the device") == 0);
+  CHECK(error(logits, targets, -torch::ones({2}), z).find("token_weight must be finite") == 0);
+  CHECK(error({}, targets, {}, z) == "logits must be a defined tensor, got an undefined one");
+}

@@ -171,50 +171,110 @@ TEST_CASE("In place refuses elements that share memory, in every way that tensor
   CHECK_FALSE(refused([](const Tensor& base) { return base.view({4, 2, 8}).transpose(0, 1); }));
 }
 
-TEST_CASE("In place refuses other arguments in the logits' memory, and takes those beside it", "[inplace][errors]") {
+TEST_CASE("In place refuses what it reads in the logits' memory, and takes what lies beside it", "[inplace][errors]") {
   const Tensor source = leaf(eighths({6, 66}, torch::kFloat).abs());
-  const Tensor targets = torch::arange(6);
-  const auto error = [&](const Tensor& logits, const VAELossOptions& options, const Tensor& z_logits) {
-    const Tensor before = logits.detach().clone();
-    std::string text = error_of([&] {
-      compute_vae_loss(
-          logits, targets, z_logits,
-          VAELossOptions(options).reconstruction(ReconstructionLossOptions(options.reconstruction()).inplace(true)));
-    });
-    CHECK(same_bits(logits, before) != text.empty());
+  const std::string reason = " must not lie in the memory of logits that are given inplace";
+  const auto error = [&](const Tensor& all, const Tensor& logits, const ReconstructionLossOptions& options,
+                         const Tensor& targets = torch::arange(6)) {
+    const Tensor before = all.detach().clone();
+    const auto overwriting = ReconstructionLossOptions(options).inplace(true);
+    std::string text = error_of([&] { compute_reconstruction_loss(logits, targets, overwriting); });
+    CHECK(same_bits(all, before) != text.empty());
+    if (!text.empty()) {
+      CHECK(error_of([&] {
+              compute_vae_loss(logits, targets, eighths({6, 16}), VAELossOptions().reconstruction(overwriting));
+            }) == text);
+      CHECK(same_bits(all, before));
+    }
     return text;
   };
-  const std::string reason = " must not lie in the memory of logits that are given inplace";
-  const auto with = [] { return VAELossOptions(); };
-  {  // one projection for both is the usual way: columns of one matrix
-    const Tensor all = source * 1;
-    CHECK(error(all.slice(1, 0, 50), with(), all.slice(1, 50)).empty());
+  const auto part = [](const Tensor& all) { return all.detach().view({-1}); };
+  const Tensor all = source * 1;
+  const auto weights = ReconstructionLossOptions().token_weight(part(all).slice(0, 3, 9));
+  CHECK(contains(error(all, all, weights), "token_weight" + reason));
+  CHECK(contains(error(all, all, ReconstructionLossOptions().weight(all.detach()[2])), "weight" + reason));
+  const Tensor own = source * 1, labels = part(own).view(torch::kLong).slice(0, 3, 9);
+  labels.zero_();
+  CHECK(contains(error(own, own, {}, labels), "targets" + reason));
+  const auto weights_beside = ReconstructionLossOptions().token_weight(part(all).slice(0, 57, 63));
+  CHECK(error(all, all.slice(1, 0, 50), weights_beside).empty());
+}
+
+TEST_CASE("What the latent term reads may lie in the logits' memory, or in columns of the same projection",
+          "[inplace][vae][gradient][cpu]") {
+  using Arguments = std::function<void(const Tensor& all, VAELossOptions&, Tensor& targets, Tensor& z_logits)>;
+  const std::vector<std::pair<std::string, Arguments>> cases{
+      {"z_logits beside them", [](const Tensor& all, auto&, auto&, Tensor& z) { z = all.slice(1, 50, 66); }},
+      {"z_logits among them", [](const Tensor& all, auto&, auto&, Tensor& z) { z = all.slice(1, 40, 56); }},
+      {"a prior beside them",
+       [](const Tensor& all, VAELossOptions& options, auto&, Tensor& z) {
+         z = all.slice(1, 50, 66);
+         options.kl().prior_logits(all.slice(1, 60, 76));
+       }},
+      {"a constant prior among them", [](const Tensor& all, VAELossOptions& options, auto&,
+                                         auto&) { options.kl().prior_logits(all.detach()[1].slice(0, 1, 17)); }},
+      {"the weight of z_logits", [](const Tensor& all, VAELossOptions& options, auto&,
+                                    auto&) { options.kl().token_weight(all.detach().select(1, 3)); }},
+      {"the normalizer of z_logits",
+       [](const Tensor& all, VAELossOptions& options, auto&, auto&) { options.kl().normalizer(all.detach()[2][4]); }},
+      {"targets that mask z_logits",
+       [](const Tensor& all, VAELossOptions& options, Tensor& targets, auto&) {
+         targets = all.detach().view({-1}).view(torch::kInt).slice(0, 3, 9);
+         targets.copy_(torch::tensor({7, 0, 7, 1, 0, 2}));
+         options.ignore_index(7).mask_ignored_latents(true);
+       }},
+      {"weights of the targets that mask z_logits",  // in steps of a row, so that both terms have a copy
+       [](const Tensor& all, VAELossOptions& options, auto&, auto&) {
+         all.detach().select(1, 3).slice(0, 1, 3).zero_();
+         options.reconstruction().token_weight(all.detach().select(1, 3));
+         options.mask_ignored_latents(true);
+       }},
+  };
+  for (const auto& [name, arguments] : cases) {
+    for (const auto type : all_types) {
+      for (const bool strided : {false, true}) {
+        INFO(name << ", " << type << (strided ? ", strided" : ""));
+        const Tensor source = leaf(eighths({6, 76}, type).abs() + 0.125);
+        const auto run = [&](bool overwrites) {
+          const Tensor all = strided ? torch::stack({source, source}, -1).select(-1, 1) : source * 1;
+          VAELossOptions options;
+          options.beta_kl(0.5).free_bits(0.0);
+          options.reconstruction().inplace(overwrites);
+          Tensor targets = torch::arange(6), own_z = leaf(eighths({6, 16}, type)), z_logits = own_z;
+          if (strided && contains(name, "targets")) return std::vector<Tensor>();  // have no view of another type
+          arguments(all, options, targets, z_logits);
+          if (!overwrites) z_logits = z_logits.clone();  // whose rows then take the same way
+          const auto [loss, metrics] = compute_vae_loss(all.slice(1, 0, 50), targets, z_logits, options);
+          auto found = torch::autograd::grad({loss}, {source, own_z}, {}, {}, false, /*allow_unused=*/true);
+          for (Tensor& gradient : found) gradient = gradient.defined() ? gradient : torch::zeros({});
+          found.push_back(loss);
+          for (const auto& [metric, value] : metrics) found.push_back(torch::tensor(value));
+          return found;
+        };
+        check_equal(run(true), run(false));
+      }
+    }
   }
-  {
-    const Tensor all = source * 1;
-    CHECK(contains(error(all.slice(1, 0, 51), with(), all.slice(1, 50)), "z_logits" + reason));
-  }
-  {
-    const Tensor all = source * 1;
-    const auto options = ReconstructionLossOptions().token_weight(all.detach().select(1, 3));
-    CHECK(contains(error(all, with().reconstruction(options), eighths({6, 16})), "token_weight" + reason));
-  }
-  {
-    const Tensor all = source * 1;
-    const auto options = ReconstructionLossOptions().weight(all.detach()[2]);
-    CHECK(contains(error(all, with().reconstruction(options), eighths({6, 16})), "weight" + reason));
-  }
-  {
-    const Tensor all = source * 1;
-    CHECK(contains(error(all, with().kl(KLDivergenceOptions().prior_logits(all.detach()[0].slice(0, 0, 16))),
-                         eighths({6, 16}, torch::kFloat)),
-                   "prior_logits" + reason));
-  }
-  {
-    const Tensor all = source * 1;
-    const Tensor targets_inside = all.detach().view({-1}).view(torch::kLong).slice(0, 3, 9);
-    targets_inside.zero_();
-    CHECK(contains(error_of([&] { compute_reconstruction_loss(all, targets_inside, inplace); }), "targets" + reason));
+}
+
+TEST_CASE("Logits that nothing is written over may share their memory with all arguments", "[inplace][vae][cpu]") {
+  for (const auto& device : {torch::kCPU, torch::kMeta}) {
+    for (const auto type : all_types) {
+      for (const bool unreduced : {false, true}) {
+        if (device == torch::kCPU && type != torch::kDouble && !unreduced) continue;
+        const Tensor source = torch::ones({6, 50}, torch::dtype(type).device(device)).requires_grad_();
+        const Tensor logits = source * 1, z_logits = logits.slice(1, 0, 16);
+        VAELossOptions options;
+        options.reconstruction().inplace(true).token_weight(logits.detach().select(1, 0));
+        if (unreduced) options.reconstruction().reduction(torch::kNone), options.kl().reduction(torch::kNone);
+        const Tensor targets = torch::zeros({6}, torch::dtype(torch::kLong).device(device));
+        const Tensor loss = compute_vae_loss(logits, targets, z_logits, options).loss;
+        CHECK(loss.device() == device);
+        loss.sum().backward();
+        CHECK(source.grad().sizes() == source.sizes());
+        CHECK(error_of([&] { compute_vae_loss(logits, targets, z_logits.detach().clone(), options); }).empty());
+      }
+    }
   }
 }
 

@@ -11,7 +11,6 @@
 #include "free_transformer/detail/arithmetic.hpp"
 #include "free_transformer/detail/checks/arguments.hpp"
 #include "free_transformer/detail/checks/latent.hpp"
-#include "free_transformer/detail/checks/memory.hpp"
 #include "free_transformer/detail/checks/normalization.hpp"
 #include "free_transformer/detail/checks/reconstruction.hpp"
 #include "free_transformer/detail/compilation.hpp"
@@ -46,18 +45,32 @@ inline at::IntArrayRef positions_of_targets(const at::Tensor& targets) {
   return targets.is_floating_point() && targets.dim() > 0 ? shape_of_positions(targets) : targets.sizes();
 }
 
+template <typename Logits>
+inline constexpr bool is_dense = std::is_convertible_v<const Logits*, const at::Tensor*>;
+
+/// What the latent term saves of the memory that logits given inplace lie in, as a copy: autograd takes all of that memory
+/// for written to, also where it is other columns of one projection.
+template <typename Logits, typename Options>
+at::Tensor beside_logits(const at::Tensor& tensor, const Logits& logits, const Options& options) {
+  if constexpr (is_dense<Logits>) {
+    if (options.reconstruction().inplace() && tensor.defined() && tensor.is_alias_of(logits)) return tensor.clone();
+  }
+  return tensor;
+}
+
 /// The latent term's settings, with all that is refused of z_logits beside these logits and targets.
 template <typename Logits, typename Options>
 LatentSettings checked_latent_term(const Logits& logits, const at::Tensor& targets, const at::Tensor& z_logits,
                                    const Options& options) {
   constexpr const char* function = "compute_vae_loss";
   check_defined(function, "z_logits", z_logits);
-  const at::Tensor* device_source = &targets;
-  if constexpr (std::is_convertible_v<const Logits*, const at::Tensor*>) device_source = &logits;
-  if (device_source->defined()) {
-    if (targets.defined() && targets.device() != device_source->device()) return {};  // the other term refuses that
-    check_device(function, "z_logits", z_logits, "the logits", device_source->device());
+  if constexpr (is_dense<Logits>) {  // what the other term is to refuse, but this one looks at first
+    constexpr const char* other_function = "compute_reconstruction_loss";
+    check_logits(other_function, "logits", logits);
+    check_defined(other_function, "targets", targets);
+    check_device(other_function, "targets", targets, "the logits", logits.device());
   }
+  if (targets.defined()) check_device(function, "z_logits", z_logits, "the logits", targets.device());
   auto settings = checked_latent_settings("compute_kl_divergence", z_logits, options.kl(), options.kl().token_weight());
   const bool is_unreduced = std::holds_alternative<torch::enumtype::kNone>(options.kl().reduction());
   if (targets.defined() && (is_unreduced || options.mask_ignored_latents())) {
@@ -66,14 +79,7 @@ LatentSettings checked_latent_term(const Logits& logits, const at::Tensor& targe
                 is_unreduced ? "kNone, " : "mask_ignored_latents, ", positions_of_targets(targets), ", got shape ",
                 z_logits.sizes());
   }
-  if constexpr (std::is_convertible_v<const Logits*, const at::Tensor*>) {
-    if (options.reconstruction().inplace() && logits.defined() && logits.requires_grad()) {
-      check_not_overwritten(function, "z_logits", z_logits, logits);
-      check_not_overwritten(function, "prior_logits", options.kl().prior_logits(), logits);
-      check_not_overwritten(function, "token_weight", options.kl().token_weight(), logits);
-      check_not_overwritten(function, "token_weight", options.reconstruction().token_weight(), logits);
-    }
-  }
+  settings.prior_logits = beside_logits(settings.prior_logits, logits, options);
   return settings;
 }
 
@@ -82,6 +88,10 @@ template <typename Options>
 LatentSettings masked_like_targets(LatentSettings settings, const at::Tensor& targets, const Options& options) {
   if (!options.mask_ignored_latents()) return settings;
   const auto& reconstruction = options.reconstruction();
+  constexpr const char* function = "compute_reconstruction_loss";  // which has not looked at them yet
+  check_defined(function, "targets", targets);
+  checked_token_weight(function, reconstruction.token_weight(), positions_of_targets(targets), targets.device(),
+                       widest_type(targets.device()));
   const at::Tensor of_targets =
       left_out_positions(targets, reconstruction.ignore_index(), reconstruction.token_weight());
   if (!of_targets.defined()) return settings;
