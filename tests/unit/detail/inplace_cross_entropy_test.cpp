@@ -373,6 +373,61 @@ TEST_CASE("Memory that is filled with logits again and again is remembered once"
   CHECK(contains(error_of([&] { compute_token_statistics(buffer.detach().slice(0, 0, 6), head.targets); }), "again"));
 }
 
+TEST_CASE("What was made in InferenceMode is taken beside what requires a gradient", "[inplace][gradient][vae]") {
+  using Copy = std::function<Tensor(const Tensor&)>;
+  const Copy frozen = [](const Tensor& values) {
+    const c10::InferenceMode inference;
+    return values.clone();
+  };
+  for (const auto type : all_types) {
+    INFO(type);
+    const Tensor values = eighths({6, 50}, type), z_values = eighths({6, 16}, type, 2),
+                 prior = eighths({16}, type, 3) / 4;
+    const Tensor targets = torch::arange(6) * 7;
+    const Tensor probabilities = torch::softmax(eighths({6, 50}, torch::kDouble, 4), -1).to(type);
+    const Tensor weight = torch::arange(6, torch::kFloat), class_weight = eighths({50}, torch::kFloat).abs();
+    const auto run = [&](bool learns_z, bool learns_prior, bool overwrites, bool soft, const Copy& copy) {
+      const Tensor source = leaf(values), z = learns_z ? leaf(z_values) : copy(z_values);
+      const Tensor own_prior = learns_prior ? leaf(prior) : copy(prior);
+      VAELossOptions options;
+      options.free_bits(0.0).mask_ignored_latents(true);
+      options.kl().prior_logits(own_prior).token_weight(copy(weight)).normalizer(copy(torch::full({}, 3.0)));
+      options.reconstruction().token_weight(copy(weight)).weight(copy(class_weight)).inplace(overwrites);
+      const Tensor loss = compute_vae_loss(source * 1, copy(soft ? probabilities : targets), z, options).loss;
+      std::vector<Tensor> found = torch::autograd::grad({loss}, {source});
+      if (learns_z) found.push_back(gradient(compute_kl_divergence(z, options.kl()), z));
+      if (learns_prior) found.push_back(gradient(compute_kl_divergence(z, options.kl()), own_prior));
+      found.push_back(loss);
+      return found;
+    };
+    for (const bool learns_z : {false, true}) {
+      for (const bool learns_prior : {false, true}) {
+        for (const bool overwrites : {false, true}) {
+          for (const bool soft : {false, true}) {
+            check_equal(run(learns_z, learns_prior, overwrites, soft, frozen),
+                        run(learns_z, learns_prior, overwrites, soft, [](const Tensor& own) { return own; }));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("A leaf that was made in InferenceMode is refused by autograd before anything is written",
+          "[inplace][errors][cpu]") {
+  const Tensor z_logits = [] {
+    const c10::InferenceMode inference;
+    return eighths({6, 16}, torch::kFloat).clone().requires_grad_();
+  }();
+  const DenseHead head;
+  const Tensor logits = head.logits(), before = logits.detach().clone();
+  const std::string hint = "you can make a clone";  // LibTorch's words
+  CHECK(contains(error_of([&] { compute_kl_divergence(z_logits); }), hint));
+  const auto options = VAELossOptions().reconstruction(inplace);
+  CHECK(contains(error_of([&] { compute_vae_loss(logits, head.targets, z_logits, options); }), hint));
+  CHECK(same_bits(logits, before));
+}
+
 TEST_CASE("A wrong use of logits that were written over is an error", "[inplace][errors][memcheck]") {
   const DenseHead head;
   const Tensor logits = head.logits();

@@ -48,7 +48,7 @@ class GraphNode final : public torch::autograd::Node {
   void save_for_backward(const Tensors& tensors) {
     saved_.clear();
     if (num_outputs() == 0) return;
-    for (const at::Tensor& tensor : tensors) saved_.emplace_back(tensor, /*is_output=*/false);
+    for (const at::Tensor& tensor : tensors) saved_.emplace_back(savable(tensor), /*is_output=*/false);
   }
 
   /// Throws if one of them was changed since, or if the graph was released.
@@ -66,6 +66,11 @@ class GraphNode final : public torch::autograd::Node {
   }
 
  private:
+  /// A constant that was made in InferenceMode as a copy: autograd cannot watch it, and refuses to save it.
+  static at::Tensor savable(const at::Tensor& tensor) {
+    return tensor.defined() && tensor.is_inference() && !tensor.requires_grad() ? tensor.clone() : tensor;
+  }
+
   Tensors apply(Tensors&& upstream) override {
     const std::lock_guard<std::mutex> lock(mutex_);  // operations hand out what they hold
     Tensors gradients;
