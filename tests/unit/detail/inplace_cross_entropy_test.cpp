@@ -68,6 +68,21 @@ TEST_CASE("In place takes an upstream gradient, ignored tokens and every option"
               head.gradients(3 * compute_reconstruction_loss(head.logits(), head.targets, options(false))));
 }
 
+TEST_CASE("In place what does not count keeps its 0 under an upstream that is infinite or NaN", "[inplace][gradient]") {
+  for (const auto type : all_types) {
+    for (const double factor : {reference::inf, not_a_number}) {
+      INFO(type << ", upstream " << factor);
+      const Tensor found = gradient_inside_a_graph(eighths({3, 50}, type), [&](const Tensor& logits) {
+        const auto options = ReconstructionLossOptions().inplace(true);
+        return compute_reconstruction_loss(logits, torch::tensor({-100, 7, -100}), options) * factor;
+      });
+      CHECK(found[0].count_nonzero().item<int64_t>() == 0);
+      CHECK(found[1].isfinite().sum().item<int64_t>() == 0);
+      CHECK(found[2].count_nonzero().item<int64_t>() == 0);
+    }
+  }
+}
+
 TEST_CASE("In place keeps float16 gradients from underflow under a gradient scaler", "[inplace][half]") {
   const Tensor values = eighths({6, 50}, torch::kHalf), targets = torch::arange(6) * 7;
   const auto gradient_of = [&](bool overwrites) {

@@ -80,7 +80,9 @@ struct InplaceCrossEntropy final : GraphOperation {
       cross_entropy_rows(gradient, own_settings, own_positions, gradient, of_each, {});
     } else if (!is_one(host_value(upstream))) {
       for_each_row_block(gradient, 0, [&](const at::Tensor& block, int64_t) {
+        const at::Tensor no_loss = keeps_zeros(upstream) ? at::Tensor() : (block == 0).all(-1, /*keepdim=*/true);
         block.copy_(block.to(upstream.scalar_type()).mul_(upstream));
+        if (no_loss.defined()) block.masked_fill_(no_loss, 0);
       });
     }
     if (gradient.device().is_cpu()) OverwrittenLogits::instance().add(gradient);
