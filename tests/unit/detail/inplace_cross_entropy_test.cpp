@@ -245,7 +245,9 @@ TEST_CASE("What the latent term reads may lie in the logits' memory, or in colum
          options.mask_ignored_latents(true);
        }},
   };
-  for (const auto& [name, arguments] : cases) {
+  for (const auto& of_case : cases) {
+    const auto& name = of_case.first;
+    const auto& arguments = of_case.second;
     for (const auto type : all_types) {
       for (const bool strided : {false, true}) {
         INFO(name << ", " << type << (strided ? ", strided" : ""));
