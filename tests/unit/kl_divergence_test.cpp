@@ -116,7 +116,7 @@ TEST_CASE("KL of a saturated bit is log 2 and has no gradient", "[kl][gradient]"
 }
 
 TEMPLATE_TEST_CASE("Below its budget the KL has no gradient from an upstream that is infinite or NaN either",
-                   "[kl][gradient]", PerPosition, PerBit, BatchMean) {
+                   "[kl][gradient][cpu]", PerPosition, PerBit, BatchMean) {
   for (const auto type : all_types) {
     for (const double factor : {reference::inf, not_a_number}) {
       INFO(type << ", upstream " << factor);

@@ -368,7 +368,7 @@ TEST_CASE("A fused head without a position that counts has a loss of 0 and gradi
 }
 
 TEST_CASE("What does not count has no gradient in a fused head, whatever its logits and whatever comes from upstream",
-          "[linear][gradient]") {
+          "[linear][gradient][cpu]") {
   for (const auto type : all_types) {
     INFO(type);
     const Tensor hidden = leaf(eighths({2, 3}, type)), weight = leaf(eighths({6, 3}, type, 2));

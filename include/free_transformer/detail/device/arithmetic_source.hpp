@@ -146,10 +146,9 @@ struct Divisor {
 // The factor of every weighted loss. A mean of nothing is 0; a divisor of 0 for something that counts divides by 0.
 FUNCTION double loss_scale(const Divisor& divisor, double weight_sum, double counted) {
   if (divisor.kind == 0) return 1.0;
-  if (divisor.kind == 2) return 1.0 / divisor.number;
   if (divisor.kind == 1) return weight_sum == 0.0 ? 0.0 : 1.0 / weight_sum;
-  const double given = *divisor.tensor;
-  return given == 0.0 && counted == 0.0 ? 0.0 : 1.0 / given;
+  if (counted == 0.0) return 0.0;
+  return 1.0 / (divisor.kind == 2 ? divisor.number : *divisor.tensor);
 }
 
 // True in the block that comes here last, which then sees what all others have written before. The ticket is 0 before

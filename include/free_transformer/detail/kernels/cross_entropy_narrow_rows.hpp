@@ -130,18 +130,17 @@ template <int lanes>
   sums.likelihood_loss += static_cast<double>(sum_of_lanes<lanes>({rows.weight.values * rows.likelihood_loss.values}));
   if (!job.nll && !job.prediction && !job.entropy) return;
 
-  const Lanes<lanes> lse{rows.maximum.values + rows.log_sum.values};
-  const Lanes<lanes> log_sum_exp{rows.nll.values == rows.nll.values ? lse.values : rows.nll.values};
+  const Lanes<lanes> log_sum_exp{rows.maximum.values + rows.log_sum.values};
   const Lanes<lanes> of_target{target_exponential <= 0.0f ? target_exponential : target_exponential * below.values};
   const Lanes<lanes> entropy{rows.log_sum.values +
                              (rows.surprises.values + of_target.values) / (others + target_exponential)};
   for (int64_t lane = 0; lane < count; ++lane) {
     const int64_t index = begin + lane;
-    const bool counts = rows.weight.values[lane] > 0;
+    const bool counts = rows.weight.values[lane] > 0, is_possible = !is_nan(static_cast<double>(rows.nll.values[lane]));
     if (job.nll) {
       job.nll[index] = counts ? rows.nll.values[lane] : 0;
       job.likelihood_loss[index] = counts ? rows.likelihood_loss.values[lane] : 0;
-      job.log_sum_exp[index] = counts ? log_sum_exp.values[lane] : 0;
+      job.log_sum_exp[index] = !counts ? 0 : is_possible ? log_sum_exp.values[lane] : rows.nll.values[lane];
     }
     if (job.entropy) job.entropy[index] = counts ? entropy.values[lane] : 0;
     if (!job.prediction) continue;
@@ -149,8 +148,7 @@ template <int lanes>
     int64_t prediction = rows.target_logit.values[lane] >= rows.maximum.values[lane] ? std::min(target, other) : other;
     if (prediction == job.columns) prediction = target;  // of NaN
     job.prediction[index] = counts ? prediction : 0;
-    const bool is_hit = counts && prediction == target && !is_nan(static_cast<double>(rows.nll.values[lane]));
-    if (is_hit) sums.hits += static_cast<double>(rows.weight.values[lane]);
+    if (counts && is_possible && prediction == target) sums.hits += static_cast<double>(rows.weight.values[lane]);
   }
 }
 
