@@ -153,7 +153,8 @@ void check(const Input& given, const LatentKernel& kernel) {
       input.divisor.kind == device::Divisor::given_tensor ? *input.divisor.tensor : input.divisor.number;
   Real scale = 1;
   if (input.divisor.kind == device::Divisor::weight_sum) scale = sums[1] == 0 ? 0 : 1 / sums[1];
-  if (input.divisor.kind >= device::Divisor::given_number) scale = 1 / number;
+  if (input.divisor.kind >= device::Divisor::given_number)
+    scale = sums[1] == 0 ? 0 : 1 / number;  // a mean of nothing is 0
   for (size_t row = 0; row < input.rows; ++row) {
     const Position& of = positions[row];
     const Real u = weight_of(row);
