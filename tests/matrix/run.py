@@ -233,7 +233,7 @@ def tidy_row(workshop, wanted):
     shutil.rmtree(folder, ignore_errors=True)
     workshop.run(["cmake", "-S", SOURCE, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=clang++-14",
                   "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON",
-                  "-DFREE_TRANSFORMER_BUILD_EXAMPLES=OFF"], log)
+                  "-DFREE_TRANSFORMER_BUILD_EXAMPLES=OFF", "-DFREE_TRANSFORMER_TEST_UNITY=OFF"], log)
     groups = groups_of_units(json.loads((folder / "compile_commands.json").read_text()), wanted)
 
     def is_clean(number):
