@@ -260,8 +260,22 @@ TEST_CASE("A NaN or an infinity over a split vocabulary shows in its row's loss 
     CHECK(std::isnan(loss[1]));
     CHECK_FALSE(std::isnan(loss[2]));
   }
-  const Tensor impossible = torch::full({1, 12}, -infinity, torch::kDouble);
-  CHECK(std::isnan(compute_reconstruction_loss(shard_of(impossible), torch::zeros({1}, torch::kLong)).item<double>()));
+  const Tensor first = torch::zeros({1}, torch::kLong), ones = Columns(12).of(torch::ones({12})),
+               none = torch::zeros_like(ones);
+  for (const double smoothing : {0.0, 0.25, 1.0}) {
+    for (const double bad : {-infinity, infinity, not_a_number}) {
+      INFO("smoothing " << smoothing << ", all logits " << bad);
+      const Tensor impossible = torch::full({1, 12}, bad, torch::kDouble);
+      const auto loss = [&](const Tensor& weight) {
+        const auto options =
+            ReconstructionLossOptions().label_smoothing(smoothing).weight(weight).reduction(torch::kSum);
+        return compute_reconstruction_loss(shard_of(impossible), first, options).item<double>();
+      };
+      CHECK(std::isnan(loss({})));
+      CHECK(std::isnan(loss(ones)));
+      CHECK(loss(none) == 0);
+    }
+  }
 }
 
 TEST_CASE("What does not count has no loss and no gradient on any rank", "[vocabulary]") {

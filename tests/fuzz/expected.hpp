@@ -86,7 +86,9 @@ inline void check(const std::string& what, const at::Tensor& found, const Expect
   const at::Tensor numbers = found.detach().to(at::kDouble), &value = expected.value;
   const at::Tensor tolerance =
       expected.tolerance + roundings * (value.abs() * (epsilon(type) / 2) + growth * smallest(type) * epsilon(type));
-  const at::Tensor is_beyond_type = (value.abs() + tolerance >= largest(type)) & (numbers * value == infinity);
+  const at::Tensor is_beyond_type =
+      ((value.abs() + tolerance >= largest(type)) & (numbers * value == infinity)) |
+      ((tolerance >= largest(type)) & (numbers.abs() == infinity));  // of a sign that nothing is known of
   const at::Tensor is_right = (numbers == value) | ((numbers - value).abs() <= tolerance) |
                               (numbers.isnan() & value.isnan()) | is_beyond_type | expected.is_known.logical_not();
   if (is_right.all().item<bool>()) return;

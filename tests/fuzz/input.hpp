@@ -71,8 +71,12 @@ struct Handed {
     };
     const at::Tensor terms = sum(at::ones_like(of_view.value));
     const at::Tensor unknown = sum(of_view.is_known.logical_not().to(at::kDouble));
-    const at::Tensor rounding = terms * sum(of_view.value.abs()) * epsilon(input.type());
-    return {sum(of_view.value), sum(of_view.tolerance) + rounding.masked_fill(terms <= 1, 0), unknown == 0};
+    const at::Tensor magnitude = sum(of_view.value.abs()), tolerance = sum(of_view.tolerance);
+    const double least =
+        4 * smallest(input.type());  // each term may have been rounded to a subnormal number, and grown
+    const at::Tensor rounding = (terms * (magnitude + least) * epsilon(input.type())).masked_fill(terms <= 1, 0);
+    const at::Tensor is_in_range = (terms <= 1) | (magnitude + tolerance < largest(input.type()));  // else ∞ - ∞
+    return {sum(of_view.value), tolerance + rounding, (unknown == 0) & is_in_range};
   }
 
   Input input;

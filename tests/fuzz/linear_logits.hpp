@@ -67,7 +67,9 @@ inline ExpectedHead expected_head(const Head& head, const TargetsAndOptions& of,
   const at::Tensor error =
       (static_cast<double>(hidden.size(1) + 2) * step * magnitude).masked_fill(logits.isfinite().logical_not(), 0);
   auto rows = expected_reconstruction(logits, error.amax(-1, /*keepdim=*/true), of, type);
-  const at::Tensor is_in_range = (magnitude < 1e37).logical_or(logits == -infinity).all(-1);  // on its way, too
+  const auto finite = [](const at::Tensor& values) { return values.masked_fill(values.abs() == infinity, 0).abs(); };
+  const at::Tensor of_finite = finite(hidden).matmul(finite(weight).t()) + finite(bias);  // on its way to -∞, too
+  const at::Tensor is_in_range = ((magnitude < 1e37) | ((logits == -infinity) & (of_finite < 1e37))).all(-1);
   rows.losses = rows.losses.known_where(is_in_range | rows.counts.logical_not());
   rows.gradient = rows.gradient.known_where((is_in_range | rows.counts.logical_not()).unsqueeze(1));
   const at::Tensor counted = hidden.masked_fill(rows.counts.logical_not().unsqueeze(1), 0);

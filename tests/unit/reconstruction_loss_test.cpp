@@ -20,6 +20,15 @@ ReconstructionLossOptions with(Reduction reduction, int64_t ignore_index = -100)
 /// others.
 constexpr double reconstruction_steps = 8;
 
+/// Rows that have no softmax: of no possible class, with an infinite one beside the target 0 and at it; and one that has.
+Tensor rows_without_softmax(int64_t classes, c10::ScalarType type) {
+  const Tensor logits = eighths({4, classes}, type);
+  logits[0].fill_(-reference::inf);
+  logits[1][1].fill_(reference::inf);
+  logits[2][0].fill_(reference::inf);
+  return logits;
+}
+
 }  // namespace
 
 namespace user {
@@ -371,10 +380,35 @@ TEST_CASE("A mean that float32 cannot hold is infinite, and its gradient is not"
   }
 }
 
-TEST_CASE("A row in which every class is forbidden, or one is infinite, is NaN", "[reconstruction]") {
-  const Tensor logits = tensor(std::vector<double>{-reference::inf, -reference::inf, reference::inf, 0}, {2, 2});
-  const Tensor losses = compute_reconstruction_loss(logits, torch::tensor({0, 0}), with(torch::kNone));
-  CHECK(losses.isnan().all().item<bool>());
+TEST_CASE("A row in which every class is forbidden, or one is infinite, is NaN wherever it has a part in the loss",
+          "[reconstruction]") {
+  for (const auto type : all_types) {
+    for (const int64_t classes : {2, 21, 600}) {
+      const Tensor contiguous = rows_without_softmax(classes, type);
+      const Tensor class_index = torch::zeros({4}, torch::kLong);
+      const Tensor all_but_target = torch::ones({classes}), none = torch::zeros({classes});
+      all_but_target[0].fill_(0);
+      for (const Tensor& logits : {contiguous, with_strided_rows(contiguous)}) {
+        for (const Tensor& targets : {class_index, torch::one_hot(class_index, classes).to(type)}) {
+          for (const Tensor& weight : {Tensor(), all_but_target, none}) {
+            for (const double smoothing : {0.0, 0.25, 1.0}) {
+              for (const double z_loss : {0.0, 0.125}) {
+                INFO(type << ' ' << classes << ' ' << logits.stride(-1) << ' ' << targets.dim() << " weight " << weight
+                          << " smoothing " << smoothing << " z " << z_loss);
+                auto options = with(torch::kNone).label_smoothing(smoothing).z_loss(z_loss);
+                if (weight.defined()) options.weight(weight.to(type));
+                const bool has_likelihood = !weight.defined() || (smoothing > 0 && weight.sum().item<double>() > 0);
+                const double is_bad = has_likelihood || z_loss > 0 ? 1 : 0;
+                const Tensor losses = compute_reconstruction_loss(logits, targets, options);
+                CHECK(values(losses.isnan()) == std::vector<double>{is_bad, is_bad, is_bad, 0});
+                if (is_bad <= 0) CHECK(values(losses) == std::vector<double>(4, 0));
+              }
+            }
+          }
+        }
+      }
+    }
+  }
 }
 
 TEST_CASE("Adding a number to all logits of a row changes nothing", "[reconstruction]") {

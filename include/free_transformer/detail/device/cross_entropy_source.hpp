@@ -490,8 +490,10 @@ FUNCTION RowLosses losses_of(const Row& row, float token_weight, float target_we
 #endif
   losses.likelihood_loss = target_share == 0.0 ? 0.0 : target_share * losses.nll;
 #if SMOOTHING
-  losses.likelihood_loss +=
-      job.label_smoothing / static_cast<double>(job.columns) * (row.weight * row.log_sum + row.surprise);
+  if (row.weight > 0.0) {  // else no class has a part in it, whatever the logits are
+    losses.likelihood_loss +=
+        job.label_smoothing / static_cast<double>(job.columns) * (row.weight * row.log_sum + row.surprise);
+  }
 #endif
   losses.loss = losses.likelihood_loss;
   if (job.z_loss > 0.0) losses.loss += job.z_loss * losses.log_sum_exp * losses.log_sum_exp;

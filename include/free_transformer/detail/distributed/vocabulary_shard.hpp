@@ -226,7 +226,8 @@ inline CrossEntropyRows rows_of_vocabulary(const VocabularyRows& of, const Cross
     rows.likelihood_loss = (of.target_weight * rows.nll).masked_fill_(of.target_weight == 0, 0);
   }
   if (settings.label_smoothing > 0) {
-    const at::Tensor spread = of.surprise + of.weight * log_sum;
+    // Classes that all weigh 0 have no part in it, whatever the logits are.
+    const at::Tensor spread = (of.surprise + of.weight * log_sum).masked_fill_(of.weight == 0, 0);
     rows.likelihood_loss = plain::smoothed_loss(rows.likelihood_loss, spread, settings, vocab_size);
   }
   if (of.moment.defined()) rows.entropy = plain::without_left_out(entropy_of_vocabulary(of, rows.nll), positions);

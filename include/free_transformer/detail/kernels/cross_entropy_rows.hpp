@@ -30,11 +30,12 @@ inline void finish_row(const CrossEntropyJob& job, int64_t index, double weight,
   const double nll = log_sum + static_cast<double>(row.maximum - row.target_logit);
   const double target_share = (1 - job.label_smoothing) * job.class_weight_of(index);
   double likelihood_loss = !(target_share > 0) ? 0 : target_share * nll;
-  if (job.label_smoothing > 0) {
-    likelihood_loss +=
-        job.label_smoothing / static_cast<double>(job.columns) * (job.class_weight_sum * log_sum + row.surprise);
+  const bool has_no_softmax = is_nan(nll);  // of no possible class, say: its sums are relative to no logit of it
+  if (job.label_smoothing > 0 && job.class_weight_sum > 0) {
+    const double surprise = has_no_softmax ? nll : job.class_weight_sum * log_sum + row.surprise;
+    likelihood_loss += job.label_smoothing / static_cast<double>(job.columns) * surprise;
   }
-  const double log_sum_exp = is_nan(nll) ? nll : static_cast<double>(row.maximum) + log_sum;  // of no possible class
+  const double log_sum_exp = has_no_softmax ? nll : static_cast<double>(row.maximum) + log_sum;
   sums.likelihood_loss += weight * likelihood_loss;
   sums.z_loss += weight * log_sum_exp * log_sum_exp;
   sums.nll += weight * nll;
