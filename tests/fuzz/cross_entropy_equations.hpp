@@ -13,6 +13,9 @@
 
 namespace fuzz {
 
+/// Below it an exponential may be 0: the kernels' is below exp(-87).
+inline double smallest_exponential(at::ScalarType type) { return 2 * smallest(arithmetic(type)); }
+
 /// log Σ exp x and softmax of rows [N, V]: x - max = -distance, Σ exp(-distance) = 1 + others.
 struct Softmax {
   at::Tensor is_sound;      ///< [N], no NaN, and a largest logit that is finite: elsewhere the rest means nothing
@@ -35,13 +38,13 @@ inline void cap(Softmax& of, const at::Tensor& logits, double softcap, double st
   of.cap_slope = 4 * e / (1 + e).square();
   const at::Tensor moved = (2 / softcap * of.logits_error).clamp_max(700).expm1();
   const at::Tensor relative = (16 + 2 * exponent) * step + moved;
-  of.cap_slope_error = (relative * of.cap_slope).clamp_max(1) + 4 * smallest(at::kFloat);
+  of.cap_slope_error = (relative * of.cap_slope).clamp_max(1) + 4 * smallest_exponential(at::kFloat);
   of.logits_error = of.logits_error + 6 * step * of.logits.abs().amax(-1, /*keepdim=*/true);
 }
 
 /// logits [N, V] and how far off those of the library may be, [N, 1].
 inline Softmax softmax(const at::Tensor& logits, const at::Tensor& logits_error, double softcap, at::ScalarType type) {
-  const double step = arithmetic_step(type), smallest_exp = 2 * smallest(arithmetic(type));
+  const double step = arithmetic_step(type);
   Softmax of;
   const at::Tensor is_missing = logits.isnan().any(-1, /*keepdim=*/true);
   of.logits_error = logits_error;
@@ -61,7 +64,7 @@ inline Softmax softmax(const at::Tensor& logits, const at::Tensor& logits_error,
   // behind which a probability may soon be any
   const at::Tensor relative = (16 + distance.clamp_max(746)) * step, is_far_off = of.logits_error > 1;
   const at::Tensor probability = (-distance - log_sum).exp();
-  const at::Tensor rounding = probability * relative + smallest_exp;
+  const at::Tensor rounding = probability * relative + smallest_exponential(type);
   const at::Tensor moved = probability * (2 * of.logits_error.clamp_max(1)).expm1();
   const auto of_others = [&](const at::Tensor& all) { return all.scatter(1, pivot, 0).sum(-1, /*keepdim=*/true); };
   const at::Tensor of_log_sum =

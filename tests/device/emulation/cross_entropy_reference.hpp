@@ -67,11 +67,14 @@ inline RowResult reference_row(const std::vector<float>& logits, const RowSettin
   const Real target_weight = weight_of(target);
   if (is_nan || std::isinf(largest)) {
     row = row_without_value(columns, quiet_nan);
-    if (target_weight == 0 && settings.label_smoothing == 0) {
+    bool has_weight = target_weight > 0;
+    for (size_t c = 0; c < columns && settings.label_smoothing > 0; ++c) has_weight = has_weight || weight_of(c) > 0;
+    if (!has_weight) {
       row.likelihood_loss = 0;
       if (settings.z_loss == 0) {
         row.loss = 0;
-        row.gradient.assign(columns, 0);
+        if (settings.label_smoothing == 0)
+          row.gradient.assign(columns, 0);  // else the kernel does not look for weights
       }
     }
     return row;

@@ -1,0 +1,1 @@
+#include <free_transformer/compiled_losses.hpp>
