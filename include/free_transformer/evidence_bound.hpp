@@ -173,7 +173,7 @@ inline EvidenceBound compute_importance_weighted_bound(const at::Tensor& log_lik
                              detail::masked_sum(log_p, options.latent_mask());
     const at::Tensor of_q = detail::masked_sum(log_q, options.latent_mask());
     // Infinitely more likely than under z_logits is what they rule out, also where the prior or the decoder does so, too.
-    log_weights.push_back((joint - of_q).masked_fill((of_q == -infinity) & (joint == joint), infinity));
+    log_weights.push_back((joint - of_q).masked_fill((of_q == -infinity) & joint.eq(joint), infinity));
   }
   const at::Tensor weights = at::stack(log_weights);
   // LibTorch 1.13 has no logsumexp of meta tensors.

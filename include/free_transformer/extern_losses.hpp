@@ -8,6 +8,7 @@
 
 #include "free_transformer/losses.hpp"
 
+// `extern` and nothing cannot stand in parentheses. NOLINTBEGIN(bugprone-macro-parentheses)
 #define FREE_TRANSFORMER_INSTANCES_OF_LOGITS(storage, Logits)                                         \
   storage template at::Tensor compute_reconstruction_loss(const Logits&, const at::Tensor&,           \
                                                           const ReconstructionLossOptions&);          \
@@ -24,6 +25,8 @@
                                                             const VAELossOptions&);                              \
   storage template VAELossOutput compute_vae_loss<FreeBits>(const Logits&, const at::Tensor&, const at::Tensor&, \
                                                             int64_t, double, double, int64_t);
+
+// NOLINTEND(bugprone-macro-parentheses)
 
 #define FREE_TRANSFORMER_LOSS_INSTANCES(storage)                         \
   FREE_TRANSFORMER_INSTANCES_OF_LOGITS(storage, at::Tensor)              \

@@ -77,7 +77,7 @@ inline at::Tensor sample_latent_bits(const at::Tensor& z_logits, const at::Gener
   detail::check_z_logits(function, z_logits);
   const at::NoGradGuard no_grad;
   const at::Tensor z = detail::readable(z_logits).to(detail::widest_type(z_logits.device()));
-  detail::check_values(function, "z_logits", "not be NaN", z, z == z);
+  detail::check_values(function, "z_logits", "not be NaN", z, z.eq(z));
   // The likelier bit, unless 1 - uniform in (0, 1] falls below the other one's probability: that keeps its digits, and none
   // of its draws is below 0.
   const at::Tensor uniform = at::empty(z.sizes(), z.options());

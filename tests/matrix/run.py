@@ -185,12 +185,12 @@ def row_of(cell, workshop, with_strangers):
 
 def groups_of_units(commands, wanted):
     """Flags, and the units that are compiled with them and stand below one .clang-tidy. One that adds to a namespace of
-    a header is read alone."""
+    a header, or defines a macro before it includes one, is read alone."""
     tests, groups = SOURCE / "tests", collections.defaultdict(set)
     for entry in commands:
         unit = pathlib.Path(entry["file"])
         if tests not in unit.parents or not re.search(wanted, str(unit)): continue
-        alone = unit if re.search(r"^namespace (?!user )[\w:]+ {", unit.read_text(), re.MULTILINE) else None
+        alone = unit if re.search(r"^(namespace (?!user )[\w:]+ {|#define )", unit.read_text(), re.MULTILINE) else None
         flags = re.sub(r"^\S+ | -o \S+ -c \S+$", "", entry["command"])
         groups[unit.relative_to(tests).parts[0], flags, alone].add(unit)
     return [(flags, sorted(units)[first:first + UNITS_AT_A_TIME])

@@ -114,7 +114,7 @@ class RandomCase {
 
   /// What smoothing takes from a probability, whose rounding stays: of a position's gradient at most epsilon/C times the
   /// largest class weight over the smallest. A device's kernel reads a row in vectors of where it lies, and rounds so.
-  double taken_by_smoothing() const {
+  double taken_by_smoothing() const {  // NOLINT(readability-convert-member-functions-to-static): by a macro
 #if FREE_TRANSFORMER_DEVICE_KERNELS
     if (free_transformer::detail::device::is_kernel_device(test_device().value_or(torch::kCPU))) {
       return label_smoothing / static_cast<double>(classes) * 16;

@@ -22,7 +22,7 @@ constexpr double reconstruction_steps = 8;
 
 /// Rows that have no softmax: of no possible class, with an infinite one beside the target 0 and at it; and one that has.
 Tensor rows_without_softmax(int64_t classes, c10::ScalarType type) {
-  const Tensor logits = eighths({4, classes}, type);
+  Tensor logits = eighths({4, classes}, type);
   logits[0].fill_(-reference::inf);
   logits[1][1].fill_(reference::inf);
   logits[2][0].fill_(reference::inf);

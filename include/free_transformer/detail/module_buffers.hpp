@@ -10,13 +10,11 @@
 
 #include "free_transformer/detail/compilation.hpp"
 
-namespace free_transformer {
-namespace FREE_TRANSFORMER_DETAIL {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 struct BufferAccess;
 
-}  // namespace FREE_TRANSFORMER_DETAIL
-}  // namespace free_transformer
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL
 
 /// `torch::nn::Module` has its parameters protected but its buffers private, and no function that unregisters one. Each
 /// `Cloneable` is its friend.
@@ -26,12 +24,10 @@ class torch::nn::Cloneable<free_transformer::detail::BufferAccess> {
   static torch::OrderedDict<std::string, at::Tensor>& of(torch::nn::Module& module) { return module.buffers_; }
 };
 
-namespace free_transformer {
-namespace FREE_TRANSFORMER_DETAIL {
+namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 
 inline torch::OrderedDict<std::string, at::Tensor>& buffers_of(torch::nn::Module& module) {
   return torch::nn::Cloneable<BufferAccess>::of(module);
 }
 
-}  // namespace FREE_TRANSFORMER_DETAIL
-}  // namespace free_transformer
+}  // namespace free_transformer::FREE_TRANSFORMER_DETAIL

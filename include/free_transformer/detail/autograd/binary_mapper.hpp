@@ -23,7 +23,7 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL {
 /// walked through in blocks, the sum of a block's last code goes on in the next: each row of the result is rounded once,
 /// and no wide tensor is larger than a block.
 inline at::Tensor rows_summed_by_code(const at::Tensor& rows, const at::Tensor& codes, int64_t code_count) {
-  const at::Tensor result = kernels::empty_on_large_pages({code_count, rows.size(1)}, rows.options()).zero_();
+  at::Tensor result = kernels::empty_on_large_pages({code_count, rows.size(1)}, rows.options()).zero_();
   const int64_t count = codes.numel(), rows_of_block = std::max<int64_t>(
                                            1, block_elements(rows.device()) / std::max<int64_t>(1, rows.size(1)));
   if (count == 0) return result;

@@ -242,7 +242,7 @@ inline at::Tensor hits(const CrossEntropyRows& rows, const CrossEntropySettings&
                        const CrossEntropyPositions& positions) {
   const at::Tensor hit =
       rows.prediction == (settings.has_probabilities() ? settings.targets.argmax(-1) : positions.class_index);
-  return without_left_out(hit & (rows.nll == rows.nll), positions);
+  return without_left_out(hit & rows.nll.eq(rows.nll), positions);
 }
 
 /// See `ReconstructionSum`.
