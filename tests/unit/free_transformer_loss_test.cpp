@@ -7,7 +7,7 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-struct ModelImpl : torch::nn::Cloneable<ModelImpl> {
+struct ModelImpl final : torch::nn::Cloneable<ModelImpl> {
   ModelImpl() { reset(); }
   void reset() override {
     head = register_module("head", torch::nn::Linear(3, 5));

@@ -170,6 +170,9 @@ TEST_CASE("In place refuses elements that share memory, in every way that tensor
     CHECK(same_bits(base, before) != text.empty());  // an error comes before the first write
     return contains(text, "logits must not share memory among their own elements");
   };
+  const auto strided = [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+    return [=](const Tensor& base) { return base.as_strided(sizes, strides); };
+  };
   CHECK(refused([](const Tensor& base) { return base.unfold(0, 5, 1); }));
   CHECK(refused([](const Tensor& base) { return base.unfold(0, 5, 4); }));
   CHECK_FALSE(refused([](const Tensor& base) { return base.unfold(0, 5, 5); }));
@@ -177,11 +180,11 @@ TEST_CASE("In place refuses elements that share memory, in every way that tensor
   CHECK(refused([](const Tensor& base) { return base.slice(0, 0, 8).expand({3, 8}); }));
   CHECK(refused([](const Tensor& base) { return base.view({4, 1, 16}).expand({4, 2, 16}); }));
   CHECK_FALSE(refused([](const Tensor& base) { return base.view({1, 64}).expand({1, 64}); }));
-  CHECK(refused([](const Tensor& base) { return base.as_strided({4, 4}, {3, 1}); }));
-  CHECK_FALSE(refused([](const Tensor& base) { return base.as_strided({4, 4}, {4, 1}); }));
-  CHECK(refused([](const Tensor& base) { return base.as_strided({2, 3, 4}, {7, 4, 1}); }));
-  CHECK_FALSE(refused([](const Tensor& base) { return base.as_strided({2, 3, 4}, {4, 8, 1}); }));
-  CHECK(refused([](const Tensor& base) { return base.as_strided({3, 1}, {0, 1}); }));
+  CHECK(refused(strided({4, 4}, {3, 1})));
+  CHECK_FALSE(refused(strided({4, 4}, {4, 1})));
+  CHECK(refused(strided({2, 3, 4}, {7, 4, 1})));
+  CHECK_FALSE(refused(strided({2, 3, 4}, {4, 8, 1})));
+  CHECK(refused(strided({3, 1}, {0, 1})));
   CHECK_FALSE(refused([](const Tensor& base) { return base.view({4, 16}).slice(1, 3, 9); }));
   CHECK_FALSE(refused([](const Tensor& base) { return base.view({4, 2, 8}).transpose(0, 1); }));
 }
