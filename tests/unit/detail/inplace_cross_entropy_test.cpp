@@ -171,7 +171,7 @@ TEST_CASE("In place refuses elements that share memory, in every way that tensor
     return contains(text, "logits must not share memory among their own elements");
   };
   const auto strided = [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-    return [=](const Tensor& base) { return base.as_strided(sizes, strides); };
+    return [=](const Tensor& base) { return base.as_strided(sizes, strides, /*storage_offset=*/0); };
   };
   CHECK(refused([](const Tensor& base) { return base.unfold(0, 5, 1); }));
   CHECK(refused([](const Tensor& base) { return base.unfold(0, 5, 4); }));
