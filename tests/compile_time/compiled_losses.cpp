@@ -1,1 +1,0 @@
-#include <free_transformer/compiled_losses.hpp>
