@@ -49,7 +49,7 @@ inline void reduce_row(const CrossEntropyJob& job, int64_t target, const void* l
     const int64_t padded = (count + scratch.lanes - 1) / scratch.lanes * scratch.lanes;
     const bool has_target = target >= first && target < first + count;
     const float* x = widened(logits, job.element, first, count, scratch.values);
-    if (job.element == Element::float32 && (has_target || padded != count || is_copied)) {
+    if (job.element == Element::float32 && (padded != count || is_copied)) {
       std::memcpy(scratch.values, x, sizeof(float) * static_cast<size_t>(count));
       x = scratch.values;
     }
@@ -57,27 +57,26 @@ inline void reduce_row(const CrossEntropyJob& job, int64_t target, const void* l
       run_vectorized(Cap{scratch.values, padded, static_cast<float>(job.softcap), scratch.slopes.get() + first});
     }
     if (x == scratch.values) std::fill(scratch.values + count, scratch.values + padded, minus_infinity);
-    if (has_target) scratch.values[target - first] = minus_infinity;
     float* const exponentials = room_for_exponentials(job, scratch, gradient, first, count);
-    const auto [largest, sum] = run_vectorized(ExponentialsOfStretch{x, padded, row.maximum, exponentials});
+    const auto [largest, sum, of_target] =
+        run_vectorized(ExponentialsOfStretch{x, padded, has_target ? target - first : -1, row.maximum, exponentials});
     if (job.prediction && largest >= row.maximum) {
       const int64_t column = first + first_of(x, count, largest);
       if (largest > row.maximum || column < row.prediction) row.prediction = column;
     }
     if (largest > row.maximum) row.raise_maximum(largest);
     row.others += static_cast<double>(sum);
+    if (has_target) row.target_exponential = static_cast<double>(of_target);
     scratch.references[static_cast<size_t>(first / stretch)] = row.reference;
     if (job.entropy) {
       row.surprise_of_prediction += run_vectorized(SurpriseOfPrediction{x, exponentials, padded, row.reference});
     }
     if (job.label_smoothing > 0) {
-      if (has_target) scratch.values[target - first] = row.target_logit;
       const float* const class_weight = job.class_weight ? job.class_weight + first : nullptr;
       row.surprise += run_vectorized(SurpriseOf{x, class_weight, count, row.reference});
       row.weight += job.weight_of_stretch ? job.weight_of_stretch[first / stretch] : static_cast<double>(count);
     }
   }
-  row.target_exponential = std::exp(static_cast<double>(row.target_logit - row.reference));
 }
 
 /// The gradient of a row from its exponentials: in general a p_j - spread w_j, less the target's coefficient there.

@@ -15,22 +15,25 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 /// Four vectors in flight hide the latency of additions and products.
 inline constexpr int in_flight = 4;
 
-/// The largest of whole vectors of logits, and the sum of exp(x - reference), which go to `target`; it may be the logits.
-/// The reference is the larger of `maximum` and what the stretch holds, or 0 while that is -inf.
+/// The largest of whole vectors of logits, and exp(x - reference), which goes to `exponentials`; they may be the logits.
+/// The reference is the larger of `maximum` and what the stretch holds, or 0 while that is -inf. The sum leaves out the
+/// target, whose place among the exponentials becomes 0.
 struct ExponentialsOfStretch {
   struct Result {
-    float largest, sum;
+    float largest, sum, of_target;
   };
 
   const float* logits;
   int64_t count;
+  int64_t target;  ///< negative if it is in another stretch
   float maximum;
-  float* target;
+  float* exponentials;
 
   template <int lanes>
   [[gnu::always_inline]] Result run() const {
-    const float largest = largest_logit<lanes>();
-    return {largest, exponentials<lanes>(reference_of(largest > maximum ? largest : maximum))};
+    Result result{largest_logit<lanes>(), 0, 0};
+    sum_exponentials<lanes>(reference_of(result.largest > maximum ? result.largest : maximum), result);
+    return result;
   }
 
  private:
@@ -55,31 +58,44 @@ struct ExponentialsOfStretch {
   }
 
   template <int lanes>
-  [[gnu::always_inline]] float exponentials(float reference) const {
+  [[gnu::always_inline]] void exponentials_at(int64_t column, float reference, Lanes<lanes>& values) const {
+    load<lanes>(logits + column, values);
+    values.values -= reference;
+    exponentiate<lanes>(values);
+    store<lanes>(values, exponentials + column);
+  }
+
+  template <int lanes>
+  [[gnu::always_inline]] void sum_exponentials(float reference, Result& result) const {
     Lanes<lanes> sums[in_flight], values;
     for (auto& sum : sums) sum = broadcast<lanes>(0.0f);
-    int64_t column = 0;
-    for (; column + in_flight * lanes <= count; column += in_flight * lanes) {
-#pragma GCC unroll 4
-      for (int k = 0; k < in_flight; ++k) {
-        load<lanes>(logits + column + k * lanes, values);
-        values.values -= reference;
-        exponentiate<lanes>(values);
-        store<lanes>(values, target + column + k * lanes);
-        sums[k].values += values.values;
-      }
+    int64_t column_of_target = count;
+    if (target >= 0) {
+      column_of_target = target / lanes * lanes;
+      exponentials_at<lanes>(column_of_target, reference, values);
+      result.of_target = exponentials[target];
+      exponentials[target] = 0;
+      load<lanes>(exponentials + column_of_target, sums[0]);
     }
-    for (; column < count; column += lanes) {
-      load<lanes>(logits + column, values);
-      values.values -= reference;
-      exponentiate<lanes>(values);
-      store<lanes>(values, target + column);
-      sums[0].values += values.values;
+    int64_t column = 0;
+    for (const int64_t end : {column_of_target, count}) {
+      for (; column + in_flight * lanes <= end; column += in_flight * lanes) {
+#pragma GCC unroll 4
+        for (int k = 0; k < in_flight; ++k) {
+          exponentials_at<lanes>(column + k * lanes, reference, values);
+          sums[k].values += values.values;
+        }
+      }
+      for (; column < end; column += lanes) {
+        exponentials_at<lanes>(column, reference, values);
+        sums[0].values += values.values;
+      }
+      column += lanes;  // the target's vector
     }
     sums[0].values += sums[1].values;
     sums[2].values += sums[3].values;
     sums[0].values += sums[2].values;
-    return sum_of_lanes<lanes>(sums[0]);
+    result.sum = sum_of_lanes<lanes>(sums[0]);
   }
 };
 

@@ -41,10 +41,9 @@ template <int lanes>
   std::memcpy(&x, &bits, sizeof(x));
   const Values largest = Values{} + 110.0f;
   x = largest < x ? largest : x;  // a NaN stays
-  Lanes<lanes> power{-x}, scale;
-  split_exponential<lanes, 64>(power, scale);
-  const Values large = power.values * scale.values;  // 2^64 s
-  const Values s = large * 0x1p-64f;
+  Lanes<lanes> large{-x};
+  scaled_exponential<lanes, 64>(large);
+  const Values s = large.values * 0x1p-64f;
 
   const Values square = x * x;
   Values near = square * -5.042490869e-09f + 1.292011973e-07f;
@@ -73,7 +72,7 @@ template <int lanes>
   std::memcpy(&bits, &x, sizeof(bits));
   bits |= sign;
   std::memcpy(&x, &bits, sizeof(x));
-  derivative.values = x * large / (s * (2.0f + s) + 1.0f) * 0x1p-64f;
+  derivative.values = x * large.values / (s * (2.0f + s) + 1.0f) * 0x1p-64f;
 }
 
 struct LatentJob {

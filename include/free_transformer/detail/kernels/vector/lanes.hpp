@@ -59,14 +59,14 @@ template <int lanes>
 
 template <int lanes>
 [[gnu::always_inline]] inline float largest_lane(const Lanes<lanes>& values) {
-  float part[size_t{lanes}];
-  store<lanes>(values, part);
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) {
-      part[lane] = part[lane + width] > part[lane] ? part[lane + width] : part[lane];
-    }
+  if constexpr (lanes > 1) {
+    Lanes<lanes / 2> halves[2];
+    std::memcpy(&halves, &values, sizeof(values));
+    take_larger<lanes / 2>(halves[0], halves[1]);
+    return largest_lane<lanes / 2>(halves[0]);
+  } else {
+    return values.values[0];
   }
-  return part[0];
 }
 
 /// Pairwise sum of the lanes.
