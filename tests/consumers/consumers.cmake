@@ -21,15 +21,14 @@ add_consumer(older_wheel older_wheel -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_
 
 add_consumer(add_subdirectory add_subdirectory -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_DIR})
 
-# What is in the package does not depend on LibTorch. Unpacked, as installing it would need root.
+# What is in the package does not depend on LibTorch. Unpacked, as installing it would need root; it has the files of
+# consumers/install, which consumers/find_package builds with.
 find_program(DPKG_DEB dpkg-deb)
 if(DPKG_DEB AND NOT LibTorch_WHEEL)
-  set(package_folder ${CMAKE_CURRENT_BINARY_DIR}/debian_package)
-  add_test(NAME consumers/unpack_debian_package
-           COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/consumers/unpack_debian_package.sh ${PROJECT_BINARY_DIR} ${package_folder})
-  set_tests_properties(consumers/unpack_debian_package PROPERTIES FIXTURES_SETUP unpacked)
-  add_consumer(debian_package find_package -Dfree_transformer_ROOT=${package_folder}/unpacked/usr)
-  set_tests_properties(consumers/debian_package PROPERTIES FIXTURES_REQUIRED unpacked)
+  add_test(NAME consumers/debian_package
+           COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/consumers/unpack_debian_package.sh
+                   ${PROJECT_BINARY_DIR} ${CMAKE_CURRENT_BINARY_DIR}/debian_package ${install_folder})
+  set_tests_properties(consumers/debian_package PROPERTIES FIXTURES_REQUIRED installed)
 endif()
 
 # With the Python that was named, or that in whose virtual environment the torch folder lies.

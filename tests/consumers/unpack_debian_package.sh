@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Builds the Debian package and unpacks it; its names and sizes are those of the tree, and lintian, if there, is content.
-#   unpack_debian_package.sh BUILD_FOLDER FOLDER       FOLDER is made anew
+# Builds the Debian package and unpacks it: its headers and CMake files are those that `cmake --install` brings, and lintian,
+# if there, is content.
+#   unpack_debian_package.sh BUILD_FOLDER FOLDER INSTALLED       FOLDER is made anew
 set -euo pipefail
-build=$1 folder=$2
+build=$1 folder=$2 installed=$3
 sources=$(cd "$(dirname "$0")/../.." && pwd)
 
 rm -rf "$folder"
@@ -12,7 +13,9 @@ package=$(echo "$folder"/libfree-transformer-dev_*_all.deb)
 dpkg-deb --info "$package"
 dpkg-deb --extract "$package" "$folder/unpacked"
 
-diff -r "$sources/include" "$folder/unpacked/usr/include"
+for part in include share/cmake; do
+  diff -r "$installed/$part" "$folder/unpacked/usr/$part"
+done
 cmp "$sources/LICENSE" "$folder/unpacked/usr/share/doc/libfree-transformer-dev/copyright"
 if grep -rlF -e "$sources" -e "$build" "$folder/unpacked"; then
   echo "The package names a folder of the machine that built it." >&2
