@@ -112,6 +112,29 @@ TEST_CASE("Every instruction set agrees with LibTorch's operations for every num
   }
 }
 
+TEST_CASE("A target keeps its part in the sum, wherever it stands and wherever the largest logit is", "[kernels]") {
+  constexpr int64_t classes = 1300;  // three stretches, the last of them no whole vectors
+  const Tensor stretch = torch::arange(classes).floor_divide(512), columns = torch::arange(classes);
+  const Tensor targets =
+      tensor(std::vector<int64_t>{0, 3, 15, 16, 255, 511, 512, 1023, 1024, 1280, 1295, 1296, 1299}, {13});
+  for (const auto set : available_instruction_sets()) {
+    const Forced forced(set);
+    for (const auto type : kernel_types) {
+      for (const double rise : {-2.0, 0.0, 2.0}) {
+        for (const double of_target : {-4.0, 0.0, 12.0}) {
+          INFO("set " << static_cast<int>(set) << ", " << type << ", rise " << rise << ", target " << of_target);
+          const Tensor is_target = columns == targets.unsqueeze(1);
+          const Tensor logits = eighths({13, classes}) / 8 + rise * stretch + of_target * is_target;
+          Job job{logits.to(type), targets, {}, {}};
+          check_against_operations(job);
+          job.z_loss = 0.25;
+          check_against_operations(job);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("Every instruction set computes every option", "[kernels]") {
   const Tensor token_weight = tensor(std::vector<double>{1, 0.5, 0, 2, 0.25, 1, 3}, {7});
   for (const auto set : available_instruction_sets()) {

@@ -11,9 +11,9 @@ namespace free_transformer::FREE_TRANSFORMER_DETAIL::kernels {
 
 /// 2^more exp(x). With x = n log 2 + r and |r| <= log(2)/2 that is 2^(n + more) (1 + r + r^2 times a polynomial that is
 /// fitted to the equation in 50 digits by tests/reference/fit_polynomials.py: relative error 8e-9, in all 1.2 ulp), for
-/// n + more in [-126, 127]. x/log 2 is rounded by adding 1.5 2^23, whose last digit counts ones; with
-/// 127 + more added to it, the last bits of the sum are the exponent of the power of two. (x + c) - c must not become x:
-/// clang defines no macro of -fassociative-math, which `compilation.hpp` could see, but can be told here.
+/// n + more in [-126, 127]. x/log 2 is rounded by adding 1.5 2^23, whose last digit counts ones; with 127 + more added to
+/// it, the last bits of the sum are the exponent of the power of two. (x + c) - c must not become x: clang defines no
+/// macro of -fassociative-math, which `compilation.hpp` could see, but can be told here.
 template <int lanes, int more>
 [[gnu::always_inline]] inline void scaled_exponential(Lanes<lanes>& x) {
 #if defined(__clang__)
