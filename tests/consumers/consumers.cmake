@@ -21,8 +21,8 @@ add_consumer(older_wheel older_wheel -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_
 
 add_consumer(add_subdirectory add_subdirectory -DFREE_TRANSFORMER_FOLDER=${PROJECT_SOURCE_DIR})
 
-# What is in the package does not depend on LibTorch. Unpacked, as installing it would need root; it has the files of
-# consumers/install, which consumers/find_package builds with.
+# What is in the package does not depend on LibTorch. Unpacked, as installing it would need root; its CMake files are
+# those of consumers/install, with which consumers/find_package is built.
 find_program(DPKG_DEB dpkg-deb)
 if(DPKG_DEB AND NOT LibTorch_WHEEL)
   add_test(NAME consumers/debian_package

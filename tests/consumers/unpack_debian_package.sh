@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the Debian package and unpacks it: its headers and CMake files are those that `cmake --install` brings, and lintian,
-# if there, is content.
+# Builds the Debian package and unpacks it: its headers are those of the tree, its CMake files those that `cmake --install`
+# brings, and lintian, if there, is content.
 #   unpack_debian_package.sh BUILD_FOLDER FOLDER INSTALLED       FOLDER is made anew
 set -euo pipefail
 build=$1 folder=$2 installed=$3
@@ -13,9 +13,8 @@ package=$(echo "$folder"/libfree-transformer-dev_*_all.deb)
 dpkg-deb --info "$package"
 dpkg-deb --extract "$package" "$folder/unpacked"
 
-for part in include share/cmake; do
-  diff -r "$installed/$part" "$folder/unpacked/usr/$part"
-done
+diff -r "$sources/include" "$folder/unpacked/usr/include"
+diff -r "$installed/share/cmake" "$folder/unpacked/usr/share/cmake"
 cmp "$sources/LICENSE" "$folder/unpacked/usr/share/doc/libfree-transformer-dev/copyright"
 if grep -rlF -e "$sources" -e "$build" "$folder/unpacked"; then
   echo "The package names a folder of the machine that built it." >&2

@@ -146,8 +146,8 @@ std::string error(const LinearLogits& logits, const ReconstructionLossOptions& o
 }  // namespace
 
 TEST_CASE("A fused head has the loss and the gradients of dense logits, whatever the block", "[linear][gradient]") {
-  for (int seed = 0; seed < numeric::random_cases(300); ++seed) {
-    const Problem problem(static_cast<uint64_t>(seed));
+  for (unsigned seed = 0; seed < random_cases(300); ++seed) {
+    const Problem problem(seed);
     const Head& head = problem.head;
     INFO("seed " << seed << ", hidden " << head.hidden.sizes() << ", weight " << head.weight.sizes() << ", bias "
                  << head.bias.defined());

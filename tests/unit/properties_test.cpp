@@ -10,7 +10,7 @@ namespace {
 using namespace free_transformer;
 using namespace numeric;
 
-constexpr int case_count = 300;
+constexpr unsigned case_count = 300;
 
 /// Where both sides compute the same terms, only the sums over positions and the final products differ: those are in
 /// float64 or rounded once, and their terms are not negative.
@@ -134,8 +134,8 @@ class RandomCase {
 
 template <typename Check>
 void for_random_cases(const Check& check) {
-  for (int seed = 1; seed <= numeric::random_cases(case_count); ++seed) {
-    RandomCase input(static_cast<unsigned>(seed));
+  for (unsigned seed = 1; seed <= random_cases(case_count); ++seed) {
+    RandomCase input(seed);
     INFO("seed " << seed << ", " << input.type << ", " << input.positions << " positions, " << input.classes
                  << " classes, " << input.bits << " bits, token weight " << input.token_weight.defined()
                  << ", class weight " << input.class_weight.defined() << ", smoothing " << input.label_smoothing

@@ -24,7 +24,7 @@ inline const std::optional<torch::Device>& test_device() {
 }
 
 /// How many of so many random cases are tried: on a device one of four, as each of its operations takes far longer.
-inline int random_cases(int count) { return test_device() ? count / 4 : count; }
+inline unsigned random_cases(unsigned count) { return test_device() ? count / 4 : count; }
 
 inline torch::Tensor on_test_device(const torch::Tensor& tensor) {
   return tensor.defined() ? tensor.to(*test_device()) : tensor;
